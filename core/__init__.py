@@ -1,0 +1,1 @@
+"""What more than one pipeline needs: the format, models, checkpoints, the training loop."""

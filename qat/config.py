@@ -1,0 +1,119 @@
+"""Schema of `python -m qat.train` and `python -m qat.evaluate`; values live in configs/."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from core.mxfp4 import ScaleRule
+from core.train.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrackerConfig, TrainConfig
+
+
+@dataclass
+class NanoConfig:
+    """Geometry of the embedded model and how its BF16 base is trained when none is cached."""
+
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 1
+    head_dim: int = 48
+    v_head_dim: int = 32
+    intermediate_size: int = 384
+    moe_intermediate_size: int = 96
+    n_routed_experts: int = 16
+    num_experts_per_tok: int = 4
+    sliding_window: int = 64
+    vocab_size: int = 2048
+    steps: int = 300
+    batch_size: int = 16
+    lr: float = 3e-3
+
+
+@dataclass
+class ModelConfig:
+    name: str = "???"
+    nano: NanoConfig | None = None  # set: the embedded model; else `path` is a checkpoint folder
+    path: str | None = None
+    hub: str | None = None  # repository to download when `path` is not set; printed, never fetched silently
+    attention: str = "auto"  # auto | eager | sdpa | flex_attention
+    experts: str = "auto"  # auto | eager | grouped_mm | batched_mm
+
+
+class QuantFormat(Enum):
+    none = "none"
+    mxfp4 = "mxfp4"
+
+
+class Method(Enum):
+    snap = "snap"  # write snapped BF16 after each optimiser step
+    fake_quant = "fake_quant"  # quantise in every forward: the general path
+    layerwise = "layerwise"  # one decoder layer after another, memory of one layer
+
+
+@dataclass
+class QuantConfig:
+    format: QuantFormat = QuantFormat.mxfp4
+    rule: ScaleRule = ScaleRule.even
+    select: list[str] = field(default_factory=lambda: ["experts"])  # `experts`, or fnmatch patterns on names
+    skip: list[str] = field(default_factory=list)  # patterns of expert tensors left out on purpose
+    start_step: int = 0
+    layer_start_steps: dict[int, int] = field(default_factory=dict)  # layer index -> first quantised step
+    check_grid_every: int = 50  # forwards between checks that selected weights are on the grid; 0 = off
+
+
+class Teacher(Enum):
+    base = "base"  # the BF16 weights the run started from; shares every tensor that is not trained
+    masters = "masters"  # the BF16 cast of the current masters
+    path = "path"
+    topk = "topk"  # precomputed top-k log-probabilities
+
+
+@dataclass
+class LossConfig:
+    kl: float = 1.0  # weight of the forward KL(teacher || student), temperature 1
+    ce: float = 0.0  # weight of the cross-entropy on data tokens
+    teacher: Teacher = Teacher.base
+    teacher_path: str | None = None
+    topk_path: str | None = None
+    chunk_tokens: int = 2048  # tokens whose logits exist at one time
+    router_aux: bool = True  # add the auxiliary loss if the model defines one and its config turns it on
+
+
+@dataclass
+class TrainableConfig:
+    """Which parameters are trained; a choice apart from which are quantised."""
+
+    patterns: list[str] = field(default_factory=lambda: ["quantized"])  # `quantized`, `all`, or fnmatch patterns
+
+
+@dataclass
+class LayerwiseConfig:
+    steps: int = 200  # optimiser steps a layer
+    tokens: int = 262144  # calibration tokens
+    hidden: str = "disk"  # disk | recompute: where a layer's inputs come from
+    lr: float = 1e-4
+
+
+@dataclass
+class EvalConfig:
+    tasks: list[str] = field(default_factory=list)  # gsm8k | code | tools
+    task_limit: int = 50
+    max_new_tokens: int = 256
+    bootstrap: int = 1000
+
+
+@dataclass
+class QATConfig:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    layerwise: LayerwiseConfig = field(default_factory=LayerwiseConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    qat: Method = Method.snap
+    dry_run: bool = False
