@@ -26,9 +26,11 @@ from core.errors import FormatError
 BLOCK = 32
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX = 6.0
+E2M1_EMAX = 2  # exponent of the largest magnitude: 6 = 1.5 * 2^2
 SCALE_BIAS = 127
 SCALE_NAN = 255
 SCALE_MAX = 254
+SCALE_OVERFLOW = 253  # from this byte on, the largest magnitudes reach 2^128 and leave BF16 and FP32
 BITS_PER_WEIGHT = 4 + 8 / BLOCK
 
 # round(|x| / scale) to the nearest magnitude: index = number of midpoints below |x|; a tie goes to the
@@ -44,6 +46,15 @@ class ScaleRule(Enum):
     even = "even"  # amax rounded to one mantissa bit, then floor(log2) - 2: lowest error of the closed forms
     floor = "floor"  # floor(log2 amax) - 2: the OCP minimum; clips amax above 6
     rceil = "rceil"  # ceil(log2(amax / 6)): never clips
+
+
+# A rule is one integer added to amax's FP32 bits before its exponent is read. Integer arithmetic, so no rounding of
+# a division or a logarithm enters. The carry lifts the exponent when amax / 2^floor(log2 amax) is
+AMAX_CARRY = {
+    ScaleRule.even: 0x200000,  # at least 1.75
+    ScaleRule.floor: 0,  # never
+    ScaleRule.rceil: 0x3FFFFF,  # above 1.5, i.e. when amax > 6 * 2^(floor(log2 amax) - 2)
+}
 
 
 @dataclass(frozen=True)
@@ -65,16 +76,10 @@ def check_blocks(size: int, what: str = "the reduction dimension") -> None:
 
 def scale_bytes(amax: Tensor, rule: ScaleRule) -> Tensor:
     """E8M0 bytes (uint8, same shape) for block maxima `amax` (finite, non-negative; any float dtype)."""
+    # E8M0 and FP32 share the bias of 127, so FP32's exponent field less E2M1_EMAX is the byte.
     bits = amax.to(torch.float32).view(torch.int32)
-    if rule is ScaleRule.even:
-        exponent = ((bits + 0x200000) >> 23) - SCALE_BIAS - 2
-    elif rule is ScaleRule.floor:
-        exponent = (bits >> 23) - SCALE_BIAS - 2
-    else:
-        # amax <= 6 * 2^e exactly when the mantissa is at most 1.5 (bits 0x400000): e = floor(log2 amax) - 2,
-        # else one more. Integer arithmetic, so no rounding of a division or a logarithm enters.
-        exponent = ((bits + 0x3FFFFF) >> 23) - SCALE_BIAS - 2
-    return (exponent + SCALE_BIAS).clamp(0, SCALE_MAX).to(torch.uint8)
+    byte = ((bits + AMAX_CARRY[rule]) >> 23) - E2M1_EMAX
+    return byte.clamp(0, SCALE_MAX).to(torch.uint8)
 
 
 def scale_values(scales: Tensor) -> Tensor:
@@ -119,10 +124,10 @@ def unpack_codes(codes: Tensor) -> Tensor:
 
 
 def decode(packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Values [..., K] of packed codes; exact in BF16 and FP32.
+    """Values [..., K] of packed codes; exact in BF16 and FP32 up to their common limit of 2^128.
 
     Raises:
-        FormatError: shapes disagree, or a scale byte is 0xFF (NaN).
+        FormatError: shapes disagree, a scale byte is 0xFF (NaN), or a value is 2^128 or more (scale byte 253 or 254).
     """
     codes, scales = packed.codes, packed.scales
     if codes.shape[:-1] != scales.shape[:-1] or codes.shape[-1] * 2 != scales.shape[-1] * BLOCK:
@@ -131,7 +136,10 @@ def decode(packed: Packed, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         raise FormatError("a scale byte is 0xFF (NaN); the source file is damaged or not MXFP4")
     table = torch.tensor(E2M1_VALUES + tuple(-v for v in E2M1_VALUES), dtype=torch.float32, device=codes.device)
     value = table[unpack_codes(codes).to(torch.int64)].unflatten(-1, (-1, BLOCK))
-    return (value * scale_values(scales).unsqueeze(-1)).flatten(-2).to(dtype)
+    value = (value * scale_values(scales).unsqueeze(-1)).flatten(-2).to(dtype)
+    if bool((scales >= SCALE_OVERFLOW).any()) and not bool(torch.isfinite(value).all()):
+        raise FormatError(f"a value is 2^128 or more, which {dtype} cannot hold; the weights have diverged")
+    return value
 
 
 def snap(weight: Tensor, rule: ScaleRule = ScaleRule.even, dim: int = -1, name: str = "tensor") -> Tensor:
