@@ -87,9 +87,12 @@ class TrainableConfig:
 
 @dataclass
 class LayerwiseConfig:
-    steps: int = 200  # optimiser steps a layer
+    steps: int = 200  # optimiser steps a layer (and slice)
+    batch_size: int = 16  # packed rows in one step
     tokens: int = 262144  # calibration tokens
-    hidden: str = "disk"  # disk | recompute: where a layer's inputs come from
+    hidden: str = "disk"  # disk | recompute: hidden states in files, or in host memory and recomputed on resume
+    inputs: str = "quantized"  # quantized | bf16: which stream a layer trains on; the target is always the BF16 stream
+    slices: int = 0  # a layer's experts trained in this many turns; 0 = the fewest whose masters fit the device
     lr: float = 1e-4
 
 
