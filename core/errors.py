@@ -27,3 +27,7 @@ class DataError(Fp4FlashError):
 
 class UnsupportedError(Fp4FlashError):
     """A combination that fp4flash refuses by name instead of doing it wrongly."""
+
+
+class ResourceError(Fp4FlashError):
+    """Memory ran out, or training diverged."""

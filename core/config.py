@@ -1,0 +1,192 @@
+"""From YAML and the command line to one typed object, once, at the door.
+
+Hydra composes `configs/<command>.yaml` with its groups and the command line's overrides; the result is merged into
+a dataclass schema, so that a key that does not exist or a value of the wrong type is an error in one line, and is
+handed on as plain dataclasses. Nothing behind an entry point sees Hydra or OmegaConf.
+
+Hydra's compose API is used rather than its decorator: a bad override then ends in our one line instead of a
+traceback, and nothing changes the working directory. The price is Hydra's multirun and shell completion.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from packaging.version import Version
+
+from core.errors import ConfigError, Fp4FlashError
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+FLAGS = {"--help", "-h", "--cfg", "--info"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One entry point: `python -m <module>`, its YAML file, its schema and its help text."""
+
+    module: str
+    config: str
+    schema: type
+    help: str
+
+
+def load(command: Command, overrides: list[str]) -> tuple[object, str]:
+    """Compose and validate.
+
+    Args:
+        command: the entry point.
+        overrides: Hydra override strings as typed, e.g. `["model=path", "+experiment=mimo_fp4"]`.
+    Returns:
+        An instance of `command.schema`, and the resolved configuration as YAML.
+    Raises:
+        ConfigError: an unknown key or group, a wrong type, a missing required value; one line.
+    """
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            composed = compose(config_name=command.config, overrides=overrides)
+        OmegaConf.set_struct(composed, False)
+        merged = OmegaConf.merge(OmegaConf.structured(command.schema), composed)
+        merged = continued(merged, overrides)
+        OmegaConf.resolve(merged)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{missing[0]} has no value; set it on the command line: {missing[0]}=...")
+        return OmegaConf.to_object(merged), OmegaConf.to_yaml(merged)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+
+
+# What may differ between the command that started a run and the one that resumes it: how it is run, not what it is.
+RESUME_MAY_CHANGE = ("run", "parallel", "tracker", "dry_run", "train.micro_batch_size", "train.device", "train.keep_last")
+
+
+def continued(merged: DictConfig, overrides: list[str]) -> DictConfig:
+    """For `run.resume`: the run's own configuration when nothing else is said, else proof that what is said equals it.
+
+    Raises:
+        ConfigError: the command line asks for another configuration than the run's; names the first key.
+    """
+    if "run" not in merged or not merged.run.resume:
+        return merged
+    stored_path = Path(merged.run.root) / merged.run.resume / "config.yaml"
+    if not stored_path.exists():
+        stored_path = Path(merged.run.resume) / "config.yaml"
+    if not stored_path.exists():
+        raise ConfigError(f"run.resume={merged.run.resume} is no run under {merged.run.root} (no config.yaml)")
+    stored = OmegaConf.merge(merged, OmegaConf.load(stored_path))
+    assert isinstance(stored, DictConfig)
+    if all(o.startswith("run.") for o in overrides):
+        stored.run = merged.run
+        return stored
+    for key in sorted(set(flat(merged)) | set(flat(stored))):
+        ours, theirs = flat(merged).get(key), flat(stored).get(key)
+        if ours != theirs and not any(key == k or key.startswith(f"{k}.") for k in RESUME_MAY_CHANGE):
+            raise ConfigError(
+                f"{key}={ours} differs from the run being resumed ({theirs}); drop it, or start a new run without run.resume"
+            )
+    return merged
+
+
+def flat(config: DictConfig) -> dict[str, Any]:
+    """Dotted keys of the leaves."""
+
+    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield f"{prefix}{key}", value
+
+    plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    return dict(walk(plain, ""))
+
+
+def one_line(error: BaseException) -> str:
+    """The sentences of a Hydra or OmegaConf error that name the key, the value and the rule, on one line."""
+    parts: list[str] = []
+    seen: BaseException | None = error
+    while seen is not None:
+        for raw in str(seen).splitlines():
+            line = raw.strip()
+            noise = line.startswith(("full_key:", "object_type=", "reference_type=", "To append", "Set the env", "See https", "Config search", "provider="))
+            if line and not noise and line not in parts:
+                parts.append(line)
+        key = getattr(seen, "full_key", None)
+        if key:
+            parts.append(f"(key: {key})")
+        seen = seen.__cause__
+    text = " ".join(dict.fromkeys(parts))
+    return re.sub(r"\s+", " ", text) + " -- see --help for the groups and --cfg job for every key"
+
+
+def groups() -> str:
+    """The choices of every configuration group, one line each, for --help."""
+    lines = []
+    for folder in sorted(p for p in CONFIG_DIR.iterdir() if p.is_dir()):
+        names = " | ".join(sorted(f.stem for f in folder.glob("*.yaml")))
+        prefix = "+" if folder.name in {"experiment", "debug"} else ""
+        lines.append(f"  {prefix}{folder.name}={names}")
+    return "\n".join(lines)
+
+
+def entry(command: Command, main: Callable[[object, str], int | None], argv: list[str] | None = None) -> int:
+    """Run `main(config, resolved_yaml)`; our own errors end in one line and status 2, Ctrl-C in 130.
+
+    `--help` prints the command's help and every group's choices; `--cfg job` prints the resolved configuration.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        return run(command, main, arguments)
+    except Fp4FlashError as error:
+        print(f"{command.module}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{command.module}: interrupted", file=sys.stderr)
+        return 130
+
+
+def run(command: Command, main: Callable[[object, str], int | None], arguments: list[str]) -> int:
+    if {"--help", "-h"} & set(arguments):
+        print(f"{command.help}\n\nGroups (choose with group=name, change a value with key=value):\n{groups()}\n")
+        print(f"python -m {command.module} --cfg job   prints every key with its value")
+        return 0
+    show = "--cfg" in arguments
+    if show:
+        place = arguments.index("--cfg")
+        arguments = arguments[:place] + arguments[place + 2 :]
+    unknown = [a for a in arguments if a.startswith("-") and a not in FLAGS]
+    if unknown:
+        raise ConfigError(f"{unknown[0]} is not an option; values are set as key=value, e.g. train.steps=100")
+    config, resolved = load(command, arguments)
+    if show:
+        print(resolved, end="")
+        return 0
+    check_name_clash()
+    return main(config, resolved) or 0
+
+
+def check_name_clash() -> None:
+    """Refuse to start where transformers would import our kernels/ folder in place of the PyPI package `kernels`.
+
+    transformers probes for a distribution of that name and, if its version suits, imports names from it; from a
+    checkout Python finds our folder first. Must run before the first transformers model is imported.
+    """
+    try:
+        installed = metadata.version("kernels")
+    except metadata.PackageNotFoundError:
+        return
+    from transformers.utils.import_utils import KERNELS_MAX_VERSION, KERNELS_MIN_VERSION
+
+    if Version(KERNELS_MIN_VERSION) <= Version(installed) < Version(KERNELS_MAX_VERSION):
+        raise ConfigError(
+            f"the PyPI package 'kernels' {installed} is installed; transformers would look for its functions in "
+            "fp4flash's kernels/ folder: run `pip uninstall kernels` in this environment"
+        )

@@ -1,0 +1,170 @@
+"""A QAT run from configuration to report: the stages of `qat.train`, in order."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.errors import ConfigError
+from core.models.load import LoadedModel, load_model, save_model
+from core.run import Run, start_run, write_json
+from core.train.data import eval_batches, train_stream
+from core.train.engine import Engine
+from core.train.engines import build_engine, start_processes
+from core.train.loop import Loop, rows_per_rank
+from core.train.tracker import make_tracker
+from qat.base import NoHook, device, model_folder
+from qat.config import Method, QATConfig, QuantFormat
+from qat.evaluate import arm_sums, bf16_sums
+from qat.fake_quant import use_fake_quant
+from qat.losses import make_loss
+from qat.plan import make_plan
+from qat.report import write_report
+from qat.select import Selection, select, set_trainable
+from qat.snap import Quantiser, ptq_
+from qat.teacher import make_teacher
+
+
+def dry_run(config: QATConfig) -> str:
+    """The plan as text: coverage, memory per GPU, time; no weights are read and nothing is written."""
+    return make_plan(config).render()
+
+
+def train(config: QATConfig, resolved: str) -> Run:
+    """Train, save the model, evaluate BF16 / PTQ / QAT and write the report; returns the run."""
+    target = device(config.train)
+    rank, world = start_processes(config.parallel, target)
+    say = print if rank == 0 else lambda *_: None
+    announce(config, say)
+    folder = model_folder(config) if rank == 0 else None
+    folder = share(folder, world)
+    run = share(start_run(config.run, "qat", config.model.name, resolved, config.train.seed) if rank == 0 else None, world)
+    run = replace(run, rank=rank)
+    seed_everything(config, target)
+    loaded = load_model(folder, device=target, attention=config.model.attention, experts=config.model.experts)
+    selection = select(loaded.model, config.quant)
+    say(f"\nCoverage (quant.rule={config.quant.rule.value})\n{selection.table()}\n")
+    if config.qat is Method.layerwise:
+        from qat.layerwise import layerwise_run
+
+        layerwise_run(config, run, loaded, selection)
+    else:
+        train_steps(config, run, loaded, selection)
+    return finish(config, run, folder, selection, target)
+
+
+def train_steps(config: QATConfig, run: Run, loaded: LoadedModel, selection: Selection) -> None:
+    """The step loop with its teacher and hook; leaves the trained model in run.model."""
+    model = loaded.model
+    set_trainable(model, config.trainable.patterns, selection)
+    engine_slot: list[Engine] = []
+    teacher = make_teacher(config.loss, model, engine_slot)
+    train_config = config.train
+    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    micro = train_config.batch_size // world // rows_per_rank(train_config, world)
+    prepare(model, config)
+    engine = build_engine(
+        model, make_loss(config.loss, teacher), config.optim, config.parallel, micro_batches=micro,
+        device=device(train_config), seed=train_config.seed,
+    )
+    engine_slot.append(engine)
+    hook = make_hook(engine, selection, config)
+    stream = train_stream(
+        config.data, loaded.tokenizer, batch_size=train_config.batch_size, seed=train_config.seed,
+        rank=engine.rank, world=engine.world,
+    )
+    evaluator = Evaluator(config, loaded, engine, run)
+    tracker = make_tracker(config.tracker, run.folder, engine.rank)
+    Loop(engine, stream, train_config, config.optim, run, hook, evaluator, tracker, title="QAT").run()
+    tracker.close()
+    save_model(engine.full_tensors(), loaded, run.model, rank=engine.rank)
+    if engine.rank == 0 and isinstance(hook, Quantiser):
+        write_json(run.folder / "quant.json", hook.summary())
+    engine.close()
+
+
+def prepare(model: nn.Module, config: QATConfig) -> None:
+    """Training mode, activation checkpointing and compilation of the decoder layers."""
+    model.train()
+    if config.train.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if config.train.compile:
+        for layer in model.model.layers:
+            layer.compile()
+
+
+def make_hook(engine: Engine, selection: Selection, config: QATConfig) -> Quantiser | NoHook:
+    if config.quant.format is QuantFormat.none:
+        return NoHook()
+    quantiser = Quantiser(engine, selection, config.quant, config.qat)
+    if config.qat is Method.fake_quant:
+        use_fake_quant(engine.model, selection, config.quant.rule, lambda: set(quantiser.active(quantiser.step)))
+    return quantiser
+
+
+class Evaluator:
+    """Held-out loss during training: what the curves show. The report at the end has the whole comparison."""
+
+    def __init__(self, config: QATConfig, loaded: LoadedModel, engine: Engine, run: Run) -> None:
+        rows = config.train.micro_batch_size or config.train.batch_size // engine.world
+        self.batches = eval_batches(config.data, loaded.tokenizer, rows)
+        self.engine = engine
+
+    def __call__(self, step: int) -> dict[str, Any]:  # noqa: ARG002
+        from qat.evaluate import held_out_loss
+
+        losses = held_out_loss(self.engine.model, self.batches, self.engine.device)
+        return {f"val_loss_{domain}": loss for domain, loss in losses.items()}
+
+
+def finish(config: QATConfig, run: Run, base: Path, selection: Selection, target: torch.device) -> Run:
+    """Evaluate the arms on rank 0 and write the report."""
+    if run.rank != 0:
+        return run
+    batches = None
+    reference = load_model(base, device=target, attention=config.model.attention, experts=config.model.experts)
+    rows = config.train.micro_batch_size or min(config.train.batch_size, 8)
+    batches = eval_batches(config.data, reference.tokenizer, rows)
+    arms = {"BF16": bf16_sums(reference.model, batches, target)}
+    student = load_model(base, device=target, attention=config.model.attention, experts=config.model.experts)
+    if selection.tensors:
+        ptq_(student.model, selection, config.quant)
+        arms["PTQ"] = arm_sums(student.model, reference.model, batches, target)
+    del student
+    trained = load_model(run.model, device=target, attention=config.model.attention, experts=config.model.experts)
+    arms["QAT" if selection.tensors else "trained"] = arm_sums(trained.model, reference.model, batches, target)
+    write_json(run.folder / "selection.json", selection.as_json())
+    print(write_report(run, arms, selection, config.eval))
+    run.update(state="finished", base=str(base))
+    return run
+
+
+def announce(config: QATConfig, say: Any) -> None:
+    if config.model.nano is not None and config.model.path is None:
+        say("Model: the embedded demo, a nano MiMo-V2 (hybrid attention, sinks, sigmoid router), on text of this Python's library.")
+        say("For a real one: python -m qat.train +experiment=mimo_fp4 model=mimo_v2_flash model.path=DIR  (see --help)\n")
+    else:
+        say(f"Model: {config.model.name} from {config.model.path}")
+
+
+def share(value: Any, world: int) -> Any:
+    """Rank 0's value on every rank."""
+    if world == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def seed_everything(config: QATConfig, target: torch.device) -> None:
+    import os
+    import random
+
+    random.seed(config.train.seed)
+    torch.manual_seed(config.train.seed)
+    if config.train.deterministic and target.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(config.train.deterministic)
