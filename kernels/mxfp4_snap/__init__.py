@@ -152,7 +152,7 @@ class Flag:
         self.flag = new_flag(device) if flag is None else flag
         self.where = (name, w, rule)
         if self.flag.device != device or self.flag.dtype != torch.int32 or self.flag.numel() != 1:
-            raise FormatError(f"the flag of {name} must be one int32 on {device}: make it with new_flag({str(device)!r})")
+            raise FormatError(f"the flag of {name} must be one int32 on {device}: make it with new_flag(device)")
 
     def __enter__(self) -> Tensor:
         return self.flag

@@ -121,7 +121,7 @@ def encode_kernel(source, codes, scales, flag, rows, REFUSED: tl.constexpr, CARR
     bits_RB = tl.where(refused_R[:, None], 0, bits_RB)
     byte_R = tl.where(refused_R, 0, scale_byte(amax_R, CARRY, EMAX))
     grid_RB = round_to_grid(bits_RB & MAGNITUDE, byte_R, MAX)
-    # The index of a value >= 1 is its exponent and first mantissa bit, counted so that 1.0 (254) is 2; else it is 2 * value.
+    # The index of a value from 1 on is its exponent and first mantissa bit (1.0: 254 -> 2), below that twice the value.
     normal_RB = (grid_RB.to(tl.int32, bitcast=True) >> 22) - 252
     index_RB = tl.where(grid_RB < 1.0, (grid_RB * 2.0).to(tl.int32), normal_RB)
     code_RB = index_RB | ((bits_RB >> 28) & 8)

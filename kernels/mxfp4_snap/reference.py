@@ -12,7 +12,7 @@ INF_BITS = 0x7F80  # BF16 bits of +Inf; larger magnitudes are NaN
 def refused_from(rule: ScaleRule) -> int:
     """BF16 bits of the smallest amax whose block cannot be snapped: NaN, Inf, or a finite one that rounds to 2^128.
 
-    Under EVEN and RCEIL an amax of at least 1.75 * 2^127 = 3.5 * 2^126 ties or rounds up to 4 * 2^126; FLOOR clips first.
+    Under EVEN and RCEIL an amax from 1.75 * 2^127 = 3.5 * 2^126 on becomes 4 * 2^126, which is Inf; FLOOR clips first.
     """
     return INF_BITS if AMAX_CARRY[rule] == 0 else 0x7F60
 
