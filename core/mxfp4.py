@@ -106,8 +106,8 @@ def encode(weight: Tensor, rule: ScaleRule = ScaleRule.even, name: str = "tensor
     amax_Q = block_QB.abs().amax(-1)
     raise_if_not_finite(amax_Q, name)
     scales = scale_bytes(amax_Q, rule)
-    # Dividing by a power of two is exact here: doubling the subnormal range first keeps byte 0 exact too.
-    magnitude = (block_QB.abs().to(torch.float64) / scale_values(scales).to(torch.float64).unsqueeze(-1))
+    # Dividing by a power of two is exact in FP64, also where the scale or the value is an FP32 subnormal.
+    magnitude = block_QB.abs().to(torch.float64) / scale_values(scales).to(torch.float64).unsqueeze(-1)
     index = torch.zeros_like(magnitude, dtype=torch.uint8)
     for midpoint in MIDPOINTS_ABOVE:
         index += magnitude > midpoint
