@@ -1,0 +1,1 @@
+"""Sharded safetensors in and out: streamed, strict, atomic."""
