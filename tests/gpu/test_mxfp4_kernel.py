@@ -8,7 +8,7 @@ from core import mxfp4
 from core.mxfp4 import ScaleRule
 from tests import mxfp4_cases as cases
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 @pytest.mark.parametrize("rule", cases.RULES)
