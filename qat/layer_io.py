@@ -14,7 +14,7 @@ Legend: N calibration rows, B rows of one call, T tokens in a row, H hidden size
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,10 +48,10 @@ def find_decoder(model: nn.Module) -> tuple[str, nn.Module]:
     Raises:
         UnsupportedError: the model has no such submodule, or more than one.
     """
-    found = [(name, module) for name, module in model.named_modules() if isinstance(getattr(module, "layers", None), nn.ModuleList)]
+    found = [(n, m) for n, m in model.named_modules() if isinstance(getattr(m, "layers", None), nn.ModuleList)]
     if len(found) != 1:
         raise UnsupportedError(
-            f"qat=layerwise needs exactly one stack of decoder layers, {type(model).__name__} has {len(found)}; use qat=snap"
+            f"qat=layerwise needs one stack of decoder layers, {type(model).__name__} has {len(found)}; use qat=snap"
         )
     return found[0]
 
@@ -90,7 +90,7 @@ class _Recorder(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
             raise UnsupportedError(
-                f"{type(self.stands_for).__name__} is called with positional arguments; qat=layerwise needs keywords; use qat=snap"
+                f"{type(self.stands_for).__name__} gets positional arguments, qat=layerwise needs keywords; use qat=snap"
             )
         self.hidden, self.kwargs = hidden_states, kwargs
         return hidden_states
@@ -108,6 +108,10 @@ class LayerCalls:
     def __init__(self, shell: nn.Module) -> None:
         self.shell = shell
         self.recorders = nn.ModuleList(_Recorder(layer) for layer in shell.layers)
+
+    def shell_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters outside the decoder layers (embeddings, final norm)."""
+        return (p for name, child in self.shell.named_children() if name != "layers" for p in child.parameters())
 
     @torch.no_grad()
     def record(self, index: int, batch: Batch) -> tuple[Tensor, dict[str, Any]]:
@@ -206,7 +210,9 @@ class DiskStore:
 
     def open(self, key: str) -> Tensor:
         if not self.has(key):
-            raise CheckpointError(f"{self.folder / key}.bf16: hidden states are missing or of another size; start a new run")
+            raise CheckpointError(
+                f"{self.folder / key}.bf16: hidden states are missing or of another size; start a new run"
+            )
         return self._map(self.folder / f"{key}.bf16")
 
     def keep_only(self, keys: set[str]) -> None:
