@@ -10,7 +10,7 @@ therefore is part of every artefact's name. Elements are rounded to nearest, tie
 saturate at +-6; the sign of a value that rounds to zero is kept (code 8); a block of zeros has scale byte 0.
 
 The source of every quantisation is the BF16 cast of a value: two different sources (FP32 master, BF16
-copy) would disagree on 0.7 % of the codes. Snapped values are exact in BF16.
+copy) would disagree on 0.7 % of the values. Snapped values are exact in BF16.
 
 Legend: K reduction dim, Q = K/32 blocks, P = K/2 packed bytes; leading dims are free.
 """
