@@ -1,0 +1,106 @@
+"""Filling model tensors from a checkpoint, one at a time.
+
+A fused tensor is assembled in place from its pieces, so besides the tensor being filled no more than one piece of
+the checkpoint is in memory. Every piece is checked for shape, and for NaN and Inf.
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.checkpoint.fp8 import dequantise_fp8, dequantise_gpt_oss, dequantise_mxfp4, split_fused_qkv
+from core.checkpoint.index import Checkpoint
+from core.checkpoint.keymap import Kind, Plan, Recipe
+from core.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Reader:
+    """checkpoint + plan; `config` fields of the model that fused layouts depend on."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    shapes: dict[str, tuple[int, ...]]
+    qkv_chunks: int = 1
+
+    def stream(self, wanted: Collection[str] | None = None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """(name, CPU tensor) in the order of the checkpoint's files; `dtype` None keeps BF16 or the stored float type."""
+        for name in self.order(wanted):
+            first = self.checkpoint.entries[self.plan.recipes[name].keys[0]].dtype
+            kept = first if first in (torch.float32, torch.float16) else torch.bfloat16
+            out = torch.empty(self.shapes[name], dtype=dtype or kept)
+            self.fill(name, out)
+            yield name, out
+
+    def order(self, wanted: Collection[str] | None = None) -> list[str]:
+        """Names to read, sorted by where they lie, so that disks are read forwards."""
+        names = [n for n in self.plan.recipes if wanted is None or n in wanted]
+        entries = self.checkpoint.entries
+        return sorted(names, key=lambda n: (str(entries[self.plan.recipes[n].keys[0]].file), entries[self.plan.recipes[n].keys[0]].start))
+
+    def fill(self, name: str, out: Tensor) -> None:
+        """Write the tensor `name` into `out` (its whole shape, any device, cast to its dtype)."""
+        recipe = self.plan.recipes[name]
+        if recipe.kind is Kind.experts:
+            self.fill_experts(recipe, out)
+        else:
+            piece = self.assemble(name, recipe, out)
+            self.check(recipe.keys[0], piece, tuple(out.shape))
+            out.copy_(piece)
+
+    def fill_experts(self, recipe: Recipe, out: Tensor) -> None:
+        rows = out.shape[1] // recipe.width
+        for number, key in enumerate(recipe.keys):
+            expert, part = divmod(number, recipe.width)
+            piece = self.fetch(key)
+            self.check(key, piece, (rows, out.shape[2]))
+            out[expert, part * rows : (part + 1) * rows].copy_(piece)
+
+    def assemble(self, name: str, recipe: Recipe, out: Tensor) -> Tensor:
+        if recipe.kind is Kind.qkv:
+            return self.fetch_qkv(name, recipe)
+        if recipe.kind is Kind.gpt_oss:
+            blocks, scales = (self.checkpoint.read(key) for key in recipe.keys)
+            if blocks.dtype != torch.uint8 or blocks.dim() != 4 or tuple(blocks.shape[:3]) != tuple(scales.shape) or blocks.shape[3] != 16:
+                raise CheckpointError(f"{recipe.keys[0]}: {tuple(blocks.shape)} with scales {tuple(scales.shape)} is no MXFP4 block tensor")
+            return dequantise_gpt_oss(blocks, scales)
+        return self.fetch(recipe.keys[0], tuple(out.shape))
+
+    def fetch(self, key: str, shape: tuple[int, ...] | None = None) -> Tensor:
+        """One checkpoint tensor, dequantised if it is stored quantised."""
+        stored = self.checkpoint.entries[key]
+        if shape is not None and key not in self.plan.scales and stored.shape != shape:
+            raise wrong_shape(key, stored.shape, shape)
+        tensor = self.checkpoint.read(key)
+        if key not in self.plan.scales:
+            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+                raise CheckpointError(f"{key} is stored as {tensor.dtype} without scales; convert the checkpoint to BF16 first")
+            return tensor
+        scale = self.checkpoint.read(self.plan.scales[key])
+        if tensor.dtype == torch.uint8:
+            return dequantise_mxfp4(tensor, scale.view(torch.uint8))
+        if tensor.dtype != torch.float8_e4m3fn or tensor.dim() != 2:
+            raise CheckpointError(f"{key} is {tensor.dtype} with scales, a layout fp4flash does not read; convert it to BF16 first")
+        return dequantise_fp8(tensor, scale, key)
+
+    def fetch_qkv(self, name: str, recipe: Recipe) -> Tensor:
+        key = recipe.keys[0]
+        stem = name.rsplit(".", 2)[0]
+        rows = tuple(self.shapes[f"{stem}.{p}_proj.weight"][0] for p in "qkv")
+        scale = self.checkpoint.read(self.plan.scales[key]) if key in self.plan.scales else None
+        fused = self.checkpoint.read(key)
+        return split_fused_qkv(fused, scale, self.qkv_chunks, rows, key)[recipe.part]
+
+    def check(self, key: str, piece: Tensor, shape: tuple[int, ...]) -> None:
+        if tuple(piece.shape) != shape:
+            raise wrong_shape(key, tuple(piece.shape), shape)
+        if piece.numel():
+            low, high = piece.aminmax()
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                raise CheckpointError(f"{key} in {self.checkpoint.entries[key].file} has a NaN or Inf; the checkpoint is damaged, download it again")
+
+
+def wrong_shape(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
+    return CheckpointError(f"{key} has shape {found}, the model needs {expected}; config.json and weights are of different models")
