@@ -186,6 +186,13 @@ def test_even_has_the_lowest_error_and_rceil_never_clips() -> None:
         assert clipped.double().mean() == pytest.approx(share, abs=0.01)
 
 
+@pytest.mark.parametrize("phase", [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875])
+def test_even_has_the_lowest_error_wherever_amax_lies(phase: float) -> None:
+    weight = (gaussian(512, 256, dtype=torch.float32) * 2**phase).to(torch.bfloat16)
+    even, floor, rceil = ((snap(weight, rule).double() - weight.double()).square().mean().item() for rule in RULES)
+    assert even < min(floor, rceil)
+
+
 @pytest.mark.parametrize("sigma", [0.02, 1.0, 300.0])
 def test_bytes_of_compressed_tensors(sigma: float) -> None:
     """EVEN is what `mxfp4-pack-quantized` (MXFP4A16) writes; compared with its own scale and packing code."""
