@@ -43,7 +43,9 @@ def dequantise_mxfp4(codes: Tensor, scales: Tensor) -> Tensor:
     return decode(Packed(codes, scales))
 
 
-def split_fused_qkv(fused: Tensor, scale: Tensor | None, chunks: int, rows: tuple[int, int, int], name: str) -> tuple[Tensor, ...]:
+def split_fused_qkv(
+    fused: Tensor, scale: Tensor | None, chunks: int, rows: tuple[int, int, int], name: str
+) -> tuple[Tensor, ...]:
     """(Q, K, V) of a fused tensor of `chunks` chunks; `rows` are the totals of Q, K and V over all chunks.
 
     Args:
@@ -51,7 +53,9 @@ def split_fused_qkv(fused: Tensor, scale: Tensor | None, chunks: int, rows: tupl
         scale: [chunks * ceil(chunk rows / 128), ceil(C/128)].
     """
     if fused.shape[0] != sum(rows) or any(r % chunks for r in rows):
-        raise CheckpointError(f"{name} has {fused.shape[0]} rows; Q, K, V of {rows} rows in {chunks} chunks were expected")
+        raise CheckpointError(
+            f"{name} has {fused.shape[0]} rows; Q, K, V of {rows} rows in {chunks} chunks were expected"
+        )
     parts = [r // chunks for r in rows]
     height = sum(parts)
     pieces = fused.split(height)

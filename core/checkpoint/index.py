@@ -21,9 +21,19 @@ SINGLE = "model.safetensors"
 MAX_HEADER = 100 * 2**20  # the safetensors library's own limit
 
 DTYPES = {
-    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-    "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -88,10 +98,14 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     if (folder / SINGLE).exists():
         return Checkpoint(folder, read_header(folder / SINGLE), config)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder; download the checkpoint there, or set model.path to where it is")
+        raise CheckpointError(
+            f"{folder} is not a folder; download the checkpoint there, or set model.path to where it is"
+        )
     other = sorted(p.name for p in folder.glob("*.safetensors"))
     if other:
-        raise CheckpointError(f"{folder} has {len(other)} safetensors files but no {INDEX}; the download is incomplete, repeat it")
+        raise CheckpointError(
+            f"{folder} has {len(other)} safetensors files but no {INDEX}; the download is incomplete, repeat it"
+        )
     raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}; download the weights (safetensors) into it")
 
 
@@ -104,7 +118,9 @@ def sharded(folder: Path) -> dict[str, Entry]:
     for file_name in sorted(set(weight_map.values())):
         path = folder / file_name
         if Path(file_name).is_absolute() or ".." in Path(file_name).parts or "\\" in file_name:
-            raise CheckpointError(f"{folder / INDEX} points outside the folder ({file_name!r}); do not use this checkpoint")
+            raise CheckpointError(
+                f"{folder / INDEX} points outside the folder ({file_name!r}); do not use this checkpoint"
+            )
         if not path.is_file():
             raise CheckpointError(f"{path} is named in {INDEX} but missing; the download is incomplete, repeat it")
         found = read_header(path)
@@ -115,7 +131,9 @@ def sharded(folder: Path) -> dict[str, Entry]:
         entries |= found
     missing = next((name for name in weight_map if name not in entries), None)
     if missing:
-        raise CheckpointError(f"{folder / weight_map[missing]} lacks {missing}, which {INDEX} places there; download it again")
+        raise CheckpointError(
+            f"{folder / weight_map[missing]} lacks {missing}, which {INDEX} places there; download it again"
+        )
     return entries
 
 
@@ -160,7 +178,9 @@ def parse(name: str, value: Any, path: Path, base: int) -> Entry:
         dtype, shape, (start, stop) = DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
         sound = all(type(n) is int and n >= 0 for n in (*shape, start, stop))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header entry of {name} is malformed or of an unknown dtype; download it again") from error
+        raise CheckpointError(
+            f"{path}: the header entry of {name} is malformed or of an unknown dtype; download it again"
+        ) from error
     entry = Entry(name, dtype, shape, path, base + start) if sound else None
     if entry is None or stop - start != entry.nbytes:
         raise CheckpointError(f"{path}: size, dtype and shape of {name} disagree; download it again")

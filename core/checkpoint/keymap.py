@@ -85,7 +85,9 @@ def family_of(model_type: str) -> Family:
     return FAMILIES.get(model_type, Family())
 
 
-def make_plan(checkpoint: Checkpoint, model_type: str, shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str] = ()) -> Plan:
+def make_plan(
+    checkpoint: Checkpoint, model_type: str, shapes: Mapping[str, tuple[int, ...]], tied: Iterable[str] = ()
+) -> Plan:
     """Match a checkpoint to a model.
 
     Args:
@@ -103,10 +105,14 @@ def make_plan(checkpoint: Checkpoint, model_type: str, shapes: Mapping[str, tupl
         if found is None and name in tied:
             continue
         if found is None:
-            raise CheckpointError(f"{checkpoint.folder} lacks {name} (looked for {tries[-1].keys[0]}); wrong model class or incomplete download")
+            raise CheckpointError(
+                f"{checkpoint.folder} lacks {name} (looked for {tries[-1].keys[0]}); wrong model class or incomplete download"
+            )
         missing = next((k for k in found.keys if k not in keys), None)
         if missing:
-            raise CheckpointError(f"{checkpoint.folder} lacks {missing}, a part of {name}; the checkpoint is incomplete, download it again")
+            raise CheckpointError(
+                f"{checkpoint.folder} lacks {missing}, a part of {name}; the checkpoint is incomplete, download it again"
+            )
         recipes[name] = found
     used = {key for recipe in recipes.values() for key in recipe.keys}
     scales = {key: key + end for key in used for end in SCALES if key + end in keys}
@@ -115,7 +121,9 @@ def make_plan(checkpoint: Checkpoint, model_type: str, shapes: Mapping[str, tupl
     carried = tuple(k for k in left if is_carried(family, k, layers))
     unknown = next((k for k in left if k not in carried and k not in tied), None)
     if unknown:
-        raise CheckpointError(f"{checkpoint.folder} holds {unknown}, which a {model_type} model has no place for; it would be lost, so loading stops")
+        raise CheckpointError(
+            f"{checkpoint.folder} holds {unknown}, which a {model_type} model has no place for; it would be lost, so loading stops"
+        )
     return Plan(recipes, carried, scales)
 
 

@@ -25,7 +25,9 @@ class Reader:
     shapes: dict[str, tuple[int, ...]]
     qkv_chunks: int = 1
 
-    def stream(self, wanted: Collection[str] | None = None, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+    def stream(
+        self, wanted: Collection[str] | None = None, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """(name, CPU tensor) in the order of the checkpoint's files; `dtype` None keeps BF16 or the stored float type."""
         for name in self.order(wanted):
             first = self.checkpoint.entries[self.plan.recipes[name].keys[0]].dtype
@@ -38,7 +40,13 @@ class Reader:
         """Names to read, sorted by where they lie, so that disks are read forwards."""
         names = [n for n in self.plan.recipes if wanted is None or n in wanted]
         entries = self.checkpoint.entries
-        return sorted(names, key=lambda n: (str(entries[self.plan.recipes[n].keys[0]].file), entries[self.plan.recipes[n].keys[0]].start))
+        return sorted(
+            names,
+            key=lambda n: (
+                str(entries[self.plan.recipes[n].keys[0]].file),
+                entries[self.plan.recipes[n].keys[0]].start,
+            ),
+        )
 
     def fill(self, name: str, out: Tensor) -> None:
         """Write the tensor `name` into `out` (its whole shape, any device, cast to its dtype)."""
@@ -63,8 +71,15 @@ class Reader:
             return self.fetch_qkv(name, recipe)
         if recipe.kind is Kind.gpt_oss:
             blocks, scales = (self.checkpoint.read(key) for key in recipe.keys)
-            if blocks.dtype != torch.uint8 or blocks.dim() != 4 or tuple(blocks.shape[:3]) != tuple(scales.shape) or blocks.shape[3] != 16:
-                raise CheckpointError(f"{recipe.keys[0]}: {tuple(blocks.shape)} with scales {tuple(scales.shape)} is no MXFP4 block tensor")
+            if (
+                blocks.dtype != torch.uint8
+                or blocks.dim() != 4
+                or tuple(blocks.shape[:3]) != tuple(scales.shape)
+                or blocks.shape[3] != 16
+            ):
+                raise CheckpointError(
+                    f"{recipe.keys[0]}: {tuple(blocks.shape)} with scales {tuple(scales.shape)} is no MXFP4 block tensor"
+                )
             return dequantise_gpt_oss(blocks, scales)
         return self.fetch(recipe.keys[0], tuple(out.shape))
 
@@ -76,13 +91,17 @@ class Reader:
         tensor = self.checkpoint.read(key)
         if key not in self.plan.scales:
             if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
-                raise CheckpointError(f"{key} is stored as {tensor.dtype} without scales; convert the checkpoint to BF16 first")
+                raise CheckpointError(
+                    f"{key} is stored as {tensor.dtype} without scales; convert the checkpoint to BF16 first"
+                )
             return tensor
         scale = self.checkpoint.read(self.plan.scales[key])
         if tensor.dtype == torch.uint8:
             return dequantise_mxfp4(tensor, scale.view(torch.uint8))
         if tensor.dtype != torch.float8_e4m3fn or tensor.dim() != 2:
-            raise CheckpointError(f"{key} is {tensor.dtype} with scales, a layout fp4flash does not read; convert it to BF16 first")
+            raise CheckpointError(
+                f"{key} is {tensor.dtype} with scales, a layout fp4flash does not read; convert it to BF16 first"
+            )
         return dequantise_fp8(tensor, scale, key)
 
     def fetch_qkv(self, name: str, recipe: Recipe) -> Tensor:
@@ -99,8 +118,12 @@ class Reader:
         if piece.numel():
             low, high = piece.aminmax()
             if not (torch.isfinite(low) and torch.isfinite(high)):
-                raise CheckpointError(f"{key} in {self.checkpoint.entries[key].file} has a NaN or Inf; the checkpoint is damaged, download it again")
+                raise CheckpointError(
+                    f"{key} in {self.checkpoint.entries[key].file} has a NaN or Inf; the checkpoint is damaged, download it again"
+                )
 
 
 def wrong_shape(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:
-    return CheckpointError(f"{key} has shape {found}, the model needs {expected}; config.json and weights are of different models")
+    return CheckpointError(
+        f"{key} has shape {found}, the model needs {expected}; config.json and weights are of different models"
+    )

@@ -92,7 +92,10 @@ class ShardWriter:
             final = f"model-{number + 1:05}-of-{count:05}.safetensors"
             self.path(number).rename(self.folder / final)
             weight_map |= dict.fromkeys(names, final)
-        write_text(self.folder / INDEX, json.dumps({"metadata": {"total_size": self.total}, "weight_map": weight_map}, indent=1))
+        write_text(
+            self.folder / INDEX,
+            json.dumps({"metadata": {"total_size": self.total}, "weight_map": weight_map}, indent=1),
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -129,7 +132,9 @@ def replacing(out: Path) -> Iterator[Path]:
             old.rename(out)
         why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         kept = "the previous checkpoint there is unchanged; " if out.exists() else ""
-        raise CheckpointError(f"could not save to {out}: {why}; {kept}free some space or choose another folder") from error
+        raise CheckpointError(
+            f"could not save to {out}: {why}; {kept}free some space or choose another folder"
+        ) from error
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

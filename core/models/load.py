@@ -28,8 +28,15 @@ from core.models.mimo_v2_config import MiMoV2Config
 
 MIMO_TYPES = ("mimo_v2", "mimo_v2_flash")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "chat_template.json", "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "tokenizer.model",
 )
 ATTENTION = ("auto", "eager", "sdpa", "flex_attention")
 
@@ -55,7 +62,9 @@ def read_config(folder: Path | str) -> PreTrainedConfig:
     """config.json as a typed config: ours for MiMo-V2, transformers' for other types."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json; download the checkpoint there, or set model.path to its folder")
+        raise CheckpointError(
+            f"{folder} has no config.json; download the checkpoint there, or set model.path to its folder"
+        )
     return config_from(read_json(folder / "config.json"))
 
 
@@ -65,7 +74,9 @@ def config_from(raw: Mapping[str, Any]) -> PreTrainedConfig:
     if kind in MIMO_TYPES:
         return MiMoV2Config(**raw)
     if kind not in CONFIG_MAPPING:
-        raise UnsupportedError(f"config.json: model_type={kind!r} is unknown to this transformers; upgrade it or choose another model")
+        raise UnsupportedError(
+            f"config.json: model_type={kind!r} is unknown to this transformers; upgrade it or choose another model"
+        )
     return CONFIG_MAPPING[kind].from_dict(raw)
 
 
@@ -78,8 +89,12 @@ def build_meta(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) ->
 
 
 def load_model(
-    path: Path | str, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu",
-    attention: str = "auto", experts: str = "auto",
+    path: Path | str,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    attention: str = "auto",
+    experts: str = "auto",
 ) -> LoadedModel:
     """Load a checkpoint folder.
 
@@ -134,12 +149,16 @@ def fill(model: nn.Module, reader: Reader, dtype: torch.dtype, device: torch.dev
         reader.fill(name, tensor)
         place(model, name, nn.Parameter(tensor) if name in parameters else tensor)
     for name, source in tied.items():
-        have, other = (name, source) if name in reader.plan.recipes and source not in reader.plan.recipes else (source, name)
+        have, other = (
+            (name, source) if name in reader.plan.recipes and source not in reader.plan.recipes else (source, name)
+        )
         place(model, other, model.get_parameter(have))
     restore_buffers(model, device)
     empty = next((n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta), None)
     if empty:
-        raise CheckpointError(f"{reader.checkpoint.folder}: nothing gave {empty} a value; this transformers model needs a rule for it")
+        raise CheckpointError(
+            f"{reader.checkpoint.folder}: nothing gave {empty} a value; this transformers model needs a rule for it"
+        )
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:
@@ -171,7 +190,9 @@ def choose(model: nn.Module, attention: str, experts: str) -> None:
     try:
         model.set_experts_implementation("fp4flash" if experts == "auto" else experts)
     except ValueError as error:
-        raise ConfigError(f"model.experts={experts}: expected auto, eager, grouped_mm, batched_mm or fp4flash") from error
+        raise ConfigError(
+            f"model.experts={experts}: expected auto, eager, grouped_mm, batched_mm or fp4flash"
+        ) from error
 
 
 def load_tokenizer(folder: Path) -> Any | None:
@@ -182,8 +203,13 @@ def load_tokenizer(folder: Path) -> Any | None:
 
 
 def save_model(
-    tensors: Iterable[tuple[str, Tensor]], source: LoadedModel | PreTrainedConfig, out: Path | str, *,
-    tokenizer: Any | None = None, rank: int = 0, shard_bytes: int = SHARD_BYTES,
+    tensors: Iterable[tuple[str, Tensor]],
+    source: LoadedModel | PreTrainedConfig,
+    out: Path | str,
+    *,
+    tokenizer: Any | None = None,
+    rank: int = 0,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a checkpoint folder, all or nothing; an existing one is replaced only when the new one is complete.
 
@@ -222,12 +248,16 @@ def write_weights(writer: ShardWriter, tensors: Iterable[tuple[str, Tensor]], co
         if name in tied or (name in known and name not in expected):
             continue  # a second name of a written tensor, or a buffer that is computed and not stored
         if expected.get(name) != tuple(tensor.shape):
-            raise CheckpointError(f"{name} {tuple(tensor.shape)} is no tensor of this model; expected {expected.get(name)}")
+            raise CheckpointError(
+                f"{name} {tuple(tensor.shape)} is no tensor of this model; expected {expected.get(name)}"
+            )
         missing.discard(name)
         for key, piece in to_checkpoint(family, name, tensor):
             writer.add(key, piece)
     if missing:
-        raise CheckpointError(f"{min(missing)} and {len(missing) - 1} more tensors of the model were not handed to the save")
+        raise CheckpointError(
+            f"{min(missing)} and {len(missing) - 1} more tensors of the model were not handed to the save"
+        )
 
 
 def carry(writer: ShardWriter, source: LoadedModel, part: Path) -> None:

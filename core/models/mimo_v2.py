@@ -80,7 +80,11 @@ class Router(nn.Module):
 
     def __init__(self, config: MiMoV2Config) -> None:
         super().__init__()
-        self.top_k, self.scaling, self.normalise = config.num_experts_per_tok, config.routed_scaling_factor, config.norm_topk_prob
+        self.top_k, self.scaling, self.normalise = (
+            config.num_experts_per_tok,
+            config.routed_scaling_factor,
+            config.norm_topk_prob,
+        )
         self.groups, self.top_groups = config.n_group, config.topk_group
         self.weight = nn.Parameter(torch.zeros(config.n_routed_experts, config.hidden_size))
         self.e_score_correction_bias = nn.Buffer(torch.zeros(config.n_routed_experts))
@@ -91,7 +95,9 @@ class Router(nn.Module):
         after = self.e_score_correction_bias
         if after.dtype != torch.float32:
             self.e_score_correction_bias = (
-                torch.empty_like(after, dtype=torch.float32) if before.is_meta else before.to(after.device, torch.float32)
+                torch.empty_like(after, dtype=torch.float32)
+                if before.is_meta
+                else before.to(after.device, torch.float32)
             )
         return self
 
@@ -168,7 +174,13 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: Tensor, *, rotary: tuple[Tensor, Tensor], mask: Any, ops: ModelOps, past_key_values: Any = None
+        self,
+        hidden_states: Tensor,
+        *,
+        rotary: tuple[Tensor, Tensor],
+        mask: Any,
+        ops: ModelOps,
+        past_key_values: Any = None,
     ) -> Tensor:
         x = hidden_states
         x = x + self.self_attn(self.input_layernorm(x, ops), rotary, mask, ops, past_key_values)
@@ -228,12 +240,17 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos().to(dtype), angle.sin().to(dtype)
 
-    def masks(self, x: Tensor, position_ids: Tensor, attention_mask: Any, cache: Any) -> tuple[ModelOps, dict[str, Any]]:
+    def masks(
+        self, x: Tensor, position_ids: Tensor, attention_mask: Any, cache: Any
+    ) -> tuple[ModelOps, dict[str, Any]]:
         """(operations, mask by layer type). With a cache or a padding mask: transformers' masks and eager attention."""
         kinds = sorted(set(self.config.layer_types))
         if cache is not None or attention_mask is not None:
             given = {
-                "config": self.config, "inputs_embeds": x, "attention_mask": attention_mask, "past_key_values": cache,
+                "config": self.config,
+                "inputs_embeds": x,
+                "attention_mask": attention_mask,
+                "past_key_values": cache,
                 "position_ids": position_ids,
             }
             make = {k: create_sliding_window_causal_mask if k == WINDOW else create_causal_mask for k in kinds}
@@ -299,7 +316,11 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
         out = self.model(input_ids=input_ids, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
-        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        loss = (
+            None
+            if labels is None
+            else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        )
         return MoeCausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )

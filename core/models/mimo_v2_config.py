@@ -110,7 +110,9 @@ class MiMoV2Config(PreTrainedConfig):
         self.sliding_window = window(self.sliding_window, kwargs.pop("sliding_window_size", None))
         chunk = kwargs.pop("attention_chunk_size", None)
         if chunk is not None and chunk not in (self.sliding_window, self.sliding_window - 1):
-            raise ConfigError(f"config.json: attention_chunk_size={chunk} disagrees with sliding_window={self.sliding_window}")
+            raise ConfigError(
+                f"config.json: attention_chunk_size={chunk} disagrees with sliding_window={self.sliding_window}"
+            )
         self.swa_num_key_value_heads = self.swa_num_key_value_heads or 2 * self.num_key_value_heads
         self.routed_scaling_factor = 1.0 if self.routed_scaling_factor is None else float(self.routed_scaling_factor)
         self.rope_parameters = rope(self.rope_parameters, kwargs)
@@ -122,7 +124,9 @@ class MiMoV2Config(PreTrainedConfig):
         for key, base in SAME_AS.items():
             value = extra.pop(key, None)
             if value is not None and value != getattr(self, base):
-                raise UnsupportedError(f"config.json: {key}={value} differs from {base}={getattr(self, base)}; MiMoV2 has one for both")
+                raise UnsupportedError(
+                    f"config.json: {key}={value} differs from {base}={getattr(self, base)}; MiMoV2 has one for both"
+                )
         for key, allowed in ONLY_VALUE.items():
             value = extra.get(key)
             if value is not None and value not in allowed:
@@ -130,12 +134,18 @@ class MiMoV2Config(PreTrainedConfig):
         for key, values in (("layer_types", {FULL, WINDOW}), ("mlp_layer_types", {DENSE, SPARSE})):
             given = getattr(self, key)
             if len(given) != self.num_hidden_layers or not set(given) <= values:
-                raise ConfigError(f"config.json: {key} has {len(given)} entries {sorted(set(given))}; expected {self.num_hidden_layers} of {sorted(values)}")
+                raise ConfigError(
+                    f"config.json: {key} has {len(given)} entries {sorted(set(given))}; expected {self.num_hidden_layers} of {sorted(values)}"
+                )
         for key in ("num_key_value_heads", "swa_num_key_value_heads"):
             if self.num_attention_heads % getattr(self, key):
-                raise ConfigError(f"config.json: {key}={getattr(self, key)} does not divide num_attention_heads={self.num_attention_heads}")
+                raise ConfigError(
+                    f"config.json: {key}={getattr(self, key)} does not divide num_attention_heads={self.num_attention_heads}"
+                )
         if self.attention_dropout:
-            raise UnsupportedError(f"config.json: attention_dropout={self.attention_dropout}; fp4flash trains without dropout, set 0")
+            raise UnsupportedError(
+                f"config.json: attention_dropout={self.attention_dropout}; fp4flash trains without dropout, set 0"
+            )
 
     def convert_rope_params_to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """Nothing to convert: `rope` already did."""
@@ -170,7 +180,9 @@ def window(native: int | None, size: int | None) -> int:
     if native is None:
         return 128 if size is None else size
     if size is not None and native not in (size, size + 1):
-        raise ConfigError(f"config.json: sliding_window={native} and sliding_window_size={size} disagree; keep the right one")
+        raise ConfigError(
+            f"config.json: sliding_window={native} and sliding_window_size={size} disagree; keep the right one"
+        )
     return native
 
 
@@ -183,8 +195,22 @@ def rope(native: dict | None, extra: dict[str, Any]) -> dict[str, dict[str, Any]
     for kind in (FULL, WINDOW):
         given = dict(native.get(kind) or {})
         if given.get("rope_type", "default") != "default":
-            raise UnsupportedError(f"config.json: rope_parameters.{kind}.rope_type={given['rope_type']}; MiMo-V2 uses default")
-        theta = agree(f"rope_parameters.{kind}.rope_theta", given.get("rope_theta"), "the hub's theta", hub[kind], DEFAULT_THETA[kind])
-        part = agree(f"rope_parameters.{kind}.partial_rotary_factor", given.get("partial_rotary_factor"), "partial_rotary_factor", factor, DEFAULT_ROTARY)
+            raise UnsupportedError(
+                f"config.json: rope_parameters.{kind}.rope_type={given['rope_type']}; MiMo-V2 uses default"
+            )
+        theta = agree(
+            f"rope_parameters.{kind}.rope_theta",
+            given.get("rope_theta"),
+            "the hub's theta",
+            hub[kind],
+            DEFAULT_THETA[kind],
+        )
+        part = agree(
+            f"rope_parameters.{kind}.partial_rotary_factor",
+            given.get("partial_rotary_factor"),
+            "partial_rotary_factor",
+            factor,
+            DEFAULT_ROTARY,
+        )
         result[kind] = {"rope_type": "default", "rope_theta": float(theta), "partial_rotary_factor": part}
     return result

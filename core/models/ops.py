@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 FLEX_BLOCK = 128
-Mask = Any  # additive or boolean Tensor, or BlockMask: whatever the attention beside it reads
+SDPA_CHUNK = 128  # queries in one call of torch's fused attention, at least
+Mask = Any  # a Tensor, chunks of one, or a BlockMask: whatever the attention beside it reads
 
 if hasattr(torch.nn.attention.flex_attention, "AuxRequest"):
     _LSE = {"return_aux": torch.nn.attention.flex_attention.AuxRequest(lse=True)}
@@ -62,7 +63,9 @@ def eager_mask(documents_BT: Tensor, window: int | None, dtype: torch.dtype) -> 
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
-def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, sinks: Tensor | None) -> Tensor:
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, sinks: Tensor | None
+) -> Tensor:
     """q [B, H, T, D], k [B, K, S, D], v [B, K, S, V], additive mask or None, sinks [H] -> [B, H, T, V]."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -79,35 +82,66 @@ def eager_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tens
     return torch.matmul(prob.to(v.dtype), v)
 
 
-def sdpa_mask(documents_BT: Tensor, window: int | None, dtype: torch.dtype) -> Tensor:
-    """Additive [B, 1, T, S]; a window layer's S has one more key than tokens, the sink, which everyone sees."""
+@dataclass(frozen=True)
+class QueryChunk:
+    """Queries `start:stop` of every row read keys `low:stop` under `mask`, additive [B, 1, stop-start, keys]."""
+
+    start: int
+    stop: int
+    low: int
+    mask: Tensor
+
+
+def sdpa_mask(documents_BT: Tensor, window: int | None, dtype: torch.dtype) -> tuple[QueryChunk, ...]:
+    """Row by chunks of queries, so that keys after a chunk or before its window cost nothing.
+
+    In a window layer every chunk has one key more than it has tokens: the sink, last, which everyone sees.
+    """
     seen = visible(documents_BT, window)
-    if window is not None:
-        seen = F.pad(seen, (0, 1), value=True)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+    tokens = seen.shape[-1]
+    size = max(SDPA_CHUNK, -(-tokens // 4) if window is None else window)
+    chunks = []
+    for start in range(0, tokens, size):
+        stop, low = min(start + size, tokens), 0 if window is None else max(0, start - window + 1)
+        part = seen[:, :, start:stop, low:stop]
+        if window is not None:
+            part = F.pad(part, (0, 1), value=True)
+        mask = torch.zeros(part.shape, dtype=dtype, device=part.device).masked_fill_(~part, torch.finfo(dtype).min)
+        chunks.append(QueryChunk(start, stop, low, mask))
+    return tuple(chunks)
 
 
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor, sinks: Tensor | None) -> Tensor:
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: tuple[QueryChunk, ...], sinks: Tensor | None
+) -> Tensor:
     """As `eager_attention`, through torch's fused kernels; head dims are padded to one multiple of 8."""
     value_dim = v.shape[-1]
+    width = -(-max(q.shape[-1] + (0 if sinks is None else 2), value_dim) // 8) * 8
     if sinks is not None:
         # the logit is split in two so that BF16 queries carry it to 16 bits: high part + remainder
         logit = (sinks.to(torch.float32) / scale).view(1, -1, 1, 1).expand(*q.shape[:3], 1)
         high = logit.to(q.dtype)
         q = torch.cat((q, high, (logit - high.to(torch.float32)).to(q.dtype)), dim=-1)
-        k = F.pad(F.pad(k, (0, 2)), (0, 0, 0, 1))
-        one = torch.zeros(k.shape[-1], dtype=k.dtype, device=k.device)
-        one[-2:] = 1
-        k = torch.cat((k[:, :, :-1], one.expand(*k.shape[:2], 1, -1)), dim=2)
-        v = F.pad(v, (0, 0, 0, 1))
-    width = -(-max(q.shape[-1], value_dim) // 8) * 8
+        sink_key = torch.zeros(width, dtype=k.dtype, device=k.device)
+        sink_key[k.shape[-1] : k.shape[-1] + 2] = 1
+        sink_key = sink_key.expand(*k.shape[:2], 1, width)
     q, k, v = (F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] != width else x for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out[..., :value_dim]
+    out = []
+    for chunk in mask:
+        keys, values = k[:, :, chunk.low : chunk.stop], v[:, :, chunk.low : chunk.stop]
+        if sinks is not None:
+            keys, values = torch.cat((keys, sink_key), dim=2), F.pad(values, (0, 0, 0, 1))
+        queries = q[:, :, chunk.start : chunk.stop]
+        out.append(
+            F.scaled_dot_product_attention(
+                queries, keys, values, attn_mask=chunk.mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(out, dim=2)[..., :value_dim]
 
 
 def ordered(blocks_BQQ: Tensor) -> tuple[Tensor, Tensor]:
-    """(how many, which first) of the True entries of each row, in the layout BlockMask wants: [B, 1, Q], [B, 1, Q, Q]."""
+    """True entries of each row in BlockMask's layout: how many [B, 1, Q], and which, first ones first [B, 1, Q, Q]."""
     count = blocks_BQQ.sum(-1, dtype=torch.int32)
     which = blocks_BQQ.to(torch.int8).argsort(stable=True, dim=-1, descending=True).to(torch.int32)
     return count[:, None], which[:, None].contiguous()
@@ -119,7 +153,7 @@ def flex_mask(documents_BT: Tensor, window: int | None, dtype: torch.dtype) -> B
     Documents are numbered along the row, so two blocks share one iff the key block's last token is not before the
     query block's first in document order. Nothing of size T x T is built.
     """
-    rows, tokens = documents_BT.shape
+    tokens = documents_BT.shape[1]
     device = documents_BT.device
     documents_BT = documents_BT.to(torch.int32).contiguous()
     begin_Q = torch.arange(0, tokens, FLEX_BLOCK, device=device)
@@ -137,10 +171,17 @@ def flex_mask(documents_BT: Tensor, window: int | None, dtype: torch.dtype) -> B
     def sees_near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # noqa: ARG001
         return (q >= k) & (q - k < window) & (documents_BT[b, q] == documents_BT[b, k])
 
+    complete_Q = begin_Q + FLEX_BLOCK <= tokens  # a block cut off by the row's end is masked pair by pair
+    whole = whole & complete_Q[:, None] & complete_Q[None, :]
     part_count, part = ordered(some & ~whole)
     whole_count, full = ordered(whole)
     return BlockMask.from_kv_blocks(
-        part_count, part, whole_count, full, BLOCK_SIZE=FLEX_BLOCK, mask_mod=sees if window is None else sees_near,
+        part_count,
+        part,
+        whole_count,
+        full,
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=sees if window is None else sees_near,
         seq_lengths=(tokens, tokens),
     )
 
