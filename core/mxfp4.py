@@ -102,7 +102,7 @@ def encode(weight: Tensor, rule: ScaleRule = ScaleRule.even, name: str = "tensor
         FormatError: K is not a multiple of 32, or a value is NaN or Inf (names the first block).
     """
     check_blocks(weight.shape[-1], f"the last dimension of {name}")
-    block_QB = weight.to(torch.bfloat16).to(torch.float32).reshape(*weight.shape[:-1], -1, BLOCK)
+    block_QB = weight.to(torch.bfloat16).to(torch.float32).unflatten(-1, (-1, BLOCK))
     amax_Q = block_QB.abs().amax(-1)
     raise_if_not_finite(amax_Q, name)
     scales = scale_bytes(amax_Q, rule)
@@ -114,7 +114,7 @@ def encode(weight: Tensor, rule: ScaleRule = ScaleRule.even, name: str = "tensor
     for midpoint in MIDPOINTS_FROM:
         index += magnitude >= midpoint
     code = index | (torch.signbit(block_QB).to(torch.uint8) << 3)
-    code = code.reshape(*weight.shape[:-1], -1, 2)
+    code = code.flatten(-2).unflatten(-1, (-1, 2))
     return Packed(code[..., 0] | (code[..., 1] << 4), scales)
 
 

@@ -115,6 +115,11 @@ def test_shapes(blocks: int, lead: tuple[int, ...]) -> None:
     assert decode(packed).shape == weight.shape
 
 
+def test_no_rows() -> None:
+    packed = encode(torch.zeros(0, 64))
+    assert packed.codes.shape == (0, 32) and packed.scales.shape == (0, 2) and decode(packed).shape == (0, 64)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_snap_along_another_dimension(dtype: torch.dtype) -> None:
     weight = gaussian(2, 64, 5, dtype=dtype)

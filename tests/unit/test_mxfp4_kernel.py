@@ -72,7 +72,7 @@ def test_every_bf16_pattern(rule: ScaleRule, backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(32,), (31 * 32,), (33, 32), (2, 3, 33 * 32), (257, 32)])
+@pytest.mark.parametrize("shape", [(32,), (31 * 32,), (33, 32), (2, 3, 33 * 32), (257, 32), (0, 64)])
 def test_shapes_and_dtypes(shape: tuple[int, ...], dtype: torch.dtype, backend: str) -> None:
     """Flat shards, odd block counts, and counts around the tile of 128 blocks."""
     for rule in cases.RULES:
