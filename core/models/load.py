@@ -8,25 +8,25 @@ the class does not compute (MTP blocks, vision, audio) from the source, byte for
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, CONFIG_MAPPING, MiMoV2FlashConfig, PreTrainedConfig
+from transformers import AutoTokenizer, MiMoV2FlashConfig, PreTrainedConfig
 
-from core.checkpoint.index import Checkpoint, open_checkpoint, read_json
+from core.checkpoint.index import Checkpoint, open_checkpoint
+from core.checkpoint.keymap import family_of, make_plan, to_checkpoint
 from core.checkpoint.reader import Reader
 from core.checkpoint.writer import SHARD_BYTES, ShardWriter, replacing, write_text
-from core.errors import CheckpointError, ConfigError, UnsupportedError
-from core.checkpoint.keymap import family_of, make_plan, to_checkpoint
+from core.errors import CheckpointError, ConfigError
+from core.models.build import build_meta, meta_model, read_config
 from core.models.experts import find_experts
 from core.models.mimo_v2 import MiMoV2ForCausalLM
 from core.models.mimo_v2_config import MiMoV2Config
 
-MIMO_TYPES = ("mimo_v2", "mimo_v2_flash")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "tokenizer.model",
 )
+__all__ = ["LoadedModel", "Passthrough", "load_model", "load_tokenizer", "meta_model", "plan_reader", "save_model"]
 ATTENTION = ("auto", "eager", "sdpa", "flex_attention")
 
 
@@ -56,36 +57,6 @@ class LoadedModel:
     tokenizer: Any | None
     passthrough: tuple[Passthrough, ...]
     folder: Path
-
-
-def read_config(folder: Path | str) -> PreTrainedConfig:
-    """config.json as a typed config: ours for MiMo-V2, transformers' for other types."""
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json; download the checkpoint there, or set model.path to its folder"
-        )
-    return config_from(read_json(folder / "config.json"))
-
-
-def config_from(raw: Mapping[str, Any]) -> PreTrainedConfig:
-    kind = raw.get("model_type")
-    raw = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "quantization_config")}
-    if kind in MIMO_TYPES:
-        return MiMoV2Config(**raw)
-    if kind not in CONFIG_MAPPING:
-        raise UnsupportedError(
-            f"config.json: model_type={kind!r} is unknown to this transformers; upgrade it or choose another model"
-        )
-    return CONFIG_MAPPING[kind].from_dict(raw)
-
-
-def build_meta(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
-    """The model with shapes and dtypes but no storage."""
-    with torch.device("meta"):
-        if isinstance(config, MiMoV2Config):
-            return MiMoV2ForCausalLM(config).to(dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def load_model(

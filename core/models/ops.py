@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 FLEX_BLOCK = 128
-SDPA_CHUNK = 128  # queries in one call of torch's fused attention, at least
+SDPA_CHUNK = 256  # queries in one call of torch's fused attention, at least
 Mask = Any  # a Tensor, chunks of one, or a BlockMask: whatever the attention beside it reads
 
 if hasattr(torch.nn.attention.flex_attention, "AuxRequest"):
