@@ -93,7 +93,7 @@ class LayerwiseConfig:
     hidden: str = "disk"  # disk | recompute: hidden states in files, or in host memory and recomputed on resume
     inputs: str = "quantized"  # quantized | bf16: which stream a layer trains on; the target is always the BF16 stream
     slices: int = 0  # a layer's experts trained in this many turns; 0 = the fewest whose masters fit the device
-    lr: float = 1e-4
+    lr: float = 5e-3  # Adam's step as a share of each tensor's root mean square
 
 
 @dataclass

@@ -55,6 +55,8 @@ class SliceAdam:
     """Adam on FP32 masters of some leading rows of BF16 parameters, applied inside backward.
 
     After `attach`, `loss.backward()` updates: a parameter's gradient is used and freed the moment it is complete.
+    The rate is a share of each tensor's root mean square: what a step must overcome is the grid's spacing, which is
+    proportional to the weights, so one setting serves models of any scale.
     """
 
     def __init__(self, lr: float, steps: int, betas: tuple[float, float] = (0.9, 0.95)) -> None:
@@ -73,19 +75,20 @@ class SliceAdam:
         """Train `p[rows]`; `write(master, working rows)` refreshes the BF16 copy, now and after each update."""
         master = p.data[rows].float()
         m, v = torch.zeros_like(master), torch.zeros_like(master)
+        scale = max(float(torch.linalg.vector_norm(master)) / master.numel() ** 0.5, 1e-6)
         write(master, p.data[rows])
 
         def update(param: nn.Parameter) -> None:
             if param.grad is not None:
                 grad, param.grad = param.grad[rows], None
-                self._adam(master, m, v, grad)
+                self._adam(master, m, v, grad, scale * self.lr())
                 write(master, param.data[rows])
 
         p.requires_grad_(True)
         self.handles.append(p.register_post_accumulate_grad_hook(update))
 
-    def _adam(self, master: Tensor, m: Tensor, v: Tensor, grad: Tensor) -> None:
-        (b1, b2), t, lr = self.betas, self.step + 1, self.lr()
+    def _adam(self, master: Tensor, m: Tensor, v: Tensor, grad: Tensor, lr: float) -> None:
+        (b1, b2), t = self.betas, self.step + 1
         chunk = max(1, CHUNK // max(1, master[0].numel()))
         for start in range(0, master.shape[0], chunk):
             part = slice(start, start + chunk)

@@ -35,7 +35,15 @@ from torch import Tensor, nn
 from core.errors import CheckpointError, ConfigError, DataError
 from core.train.batch import Batch
 from qat.config import LayerwiseConfig
-from qat.layer_io import DiskStore, HiddenStore, LayerCalls, LayerSource, MemoryStore, StreamShape, run_layer
+from qat.layer_io import (
+    DiskStore,
+    HiddenStore,
+    LayerCalls,
+    LayerSource,
+    MemoryStore,
+    StreamShape,
+    run_layer,
+)
 from qat.layer_train import LayerTrainer, Rows, Targets
 
 HIDDEN, INPUTS = ("disk", "recompute"), ("quantized", "bf16")
@@ -183,7 +191,7 @@ def save_layer(run: Run, index: int, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, scratch)
     except (OSError, SafetensorError) as error:
         scratch.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written ({error}); earlier layers are safe: free space, resume") from error
+        raise CheckpointError(f"{path}: cannot be written ({error}); free space and resume, finished layers are safe") from error
     scratch.replace(path)
 
 
@@ -249,12 +257,14 @@ def train_layerwise(
         batches: calibration rows, all of one length; the whole set is kept (token ids only).
         cfg: steps, rows in a step, learning rate, where hidden states live.
         folder: receives `layer-<index>.safetensors`, `layerwise.json` and `hidden/`.
-        log: called with one flat record after each trained layer.
+        log: called with one flat record for each trained layer; a resumed run begins with those already finished.
     Returns:
         reports, and the folder with the trained tensors; `source.store` has received each of them.
     """
     run = Run(source, targets, batches, cfg, folder, seed)
     first, reports = restore(run)
+    for report in reports if log is not None else ():
+        log(asdict(report))
     for index in range(first, source.num_layers):
         report = train_layer(run, index)
         if report is not None:

@@ -1,6 +1,10 @@
 """Layer-by-layer training: quality, the grid, memory of one layer, and resume bit for bit."""
 
 import copy
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,10 +12,12 @@ import torch
 from torch import nn
 from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from core.models.load import load_model
 from core.errors import ConfigError, DataError, FormatError, UnsupportedError
 from core.mxfp4 import on_grid, snap
 from core.train.batch import Batch
 from qat.config import LayerwiseConfig
+from qat.layer_checkpoint import open_layers
 from qat.layer_io import DiskStore, LayerCalls, ModelSource, StreamShape, find_decoder
 from qat.layer_train import SliceAdam, Targets, auto_slices, row_order
 from qat.layerwise import train_layerwise
@@ -72,7 +78,7 @@ def kl(model: nn.Module, base: nn.Module) -> float:
     return total
 
 
-CONFIG = LayerwiseConfig(steps=40, batch_size=8, lr=3e-3)
+CONFIG = LayerwiseConfig(steps=40, batch_size=8, lr=2e-2)
 
 
 @pytest.mark.parametrize(("make", "dim"), [(moe, -1), (llama, -1), (gpt_oss, -2)])
@@ -101,14 +107,14 @@ def test_compensating_inputs_end_closer_than_bf16_inputs(tmp_path: Path) -> None
     losses = {}
     for inputs in ("quantized", "bf16"):
         model = moe()
-        cfg = LayerwiseConfig(steps=40, batch_size=8, lr=3e-3, inputs=inputs)
+        cfg = LayerwiseConfig(steps=40, batch_size=8, lr=2e-2, inputs=inputs)
         losses[inputs] = train_layerwise(ModelSource(model), targets(model), rows(), cfg, tmp_path / inputs).reports[-1].loss
     assert losses["quantized"] < losses["bf16"]
 
 
 def test_slices_train_every_expert(tmp_path: Path) -> None:
     model, base = moe(), moe()
-    cfg = LayerwiseConfig(steps=20, batch_size=8, lr=3e-3, slices=2)
+    cfg = LayerwiseConfig(steps=20, batch_size=8, lr=2e-2, slices=2)
     result = train_layerwise(ModelSource(model), targets(model), rows(), cfg, tmp_path)
     assert all(r.slices == 2 and r.steps == 40 and r.loss < r.loss_ptq for r in result.reports)
     originals = dict(base.named_parameters())
@@ -159,7 +165,7 @@ def test_one_layer_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("hidden", ["disk", "recompute"])
 @pytest.mark.parametrize("die_at", [1, 4, 6])  # two loads a layer: in the first, at its training load, in the last
 def test_resume_equals_uninterrupted(hidden: str, die_at: int, tmp_path: Path) -> None:
-    cfg = LayerwiseConfig(steps=6, batch_size=8, lr=3e-3, hidden=hidden)
+    cfg = LayerwiseConfig(steps=6, batch_size=8, lr=2e-2, hidden=hidden)
     whole = moe()
     expected = train_layerwise(ModelSource(whole), targets(whole), rows(), cfg, tmp_path / "whole")
     killed = moe()
@@ -222,10 +228,10 @@ def test_slice_adam_equals_torch_adam() -> None:
     theirs = torch.optim.Adam([reference], lr=1e-2, betas=(0.9, 0.95), eps=1e-12)
     ours = SliceAdam(1e-2, steps=10)
     ours.attach(p, slice(2, 5), lambda master, work: work.copy_(master))
-    x = torch.randn(32)
+    x, scale = torch.randn(32), float(reference.detach().square().mean().sqrt())
     for step in range(10):
         ours.step = step
-        theirs.param_groups[0]["lr"] = ours.lr()
+        theirs.param_groups[0]["lr"] = ours.lr() * scale
         (p @ x).square().sum().backward()
         theirs.zero_grad()
         (reference @ x).square().sum().backward()
@@ -242,3 +248,31 @@ def test_rows_are_seen_evenly_and_slices_follow_the_budget() -> None:
     assert auto_slices(1.3 * gib, 0.6 * gib, 0.8 * gib, 80 * gib) == 1
     with pytest.raises(ConfigError, match="larger device"):
         auto_slices(90 * gib, 1 * gib, 1 * gib, 80 * gib)
+
+
+def test_benchmark_tiny_shape_trains(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "benchmarks.layerwise", "--shape", "tiny", "--tokens", "1024", "--seq-len", "64"]
+    command += ["--steps", "30", "--batch-size", "4", "--json", str(out)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(out.read_text())
+    assert record["loss"] < record["loss_ptq"]
+    assert "hours for the model" in done.stdout
+
+
+def test_layers_from_a_checkpoint_equal_those_in_memory(tmp_path: Path) -> None:
+    model = moe()
+    model.save_pretrained(tmp_path / "base")
+    source = open_layers(tmp_path / "base", "cpu", "auto", "grouped_mm")
+    assert all(p.is_meta for p in source.shell.layers.parameters())
+    memory = load_model(tmp_path / "base", attention="auto", experts="grouped_mm").model
+    cfg = LayerwiseConfig(steps=3, batch_size=8, lr=2e-2)
+    expected = train_layerwise(ModelSource(memory), targets(memory), rows(), cfg, tmp_path / "a")
+    result = train_layerwise(source, targets(model), rows(), cfg, tmp_path / "b")
+    assert [(r.loss_ptq, r.loss) for r in result.reports] == [(r.loss_ptq, r.loss) for r in expected.reports]
+    whole = dict(source.tensors(result.tensors()))
+    assert whole.keys() == dict(memory.state_dict()).keys()
+    for name, tensor in memory.state_dict().items():
+        assert torch.equal(whole[name], tensor), name
