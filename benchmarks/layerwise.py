@@ -36,19 +36,40 @@ VOCAB = 32_000  # of the stand-in embedding: token ids only pick random rows
 
 def qwen3_30b() -> nn.Module:
     config = Qwen3MoeConfig(
-        vocab_size=VOCAB, hidden_size=2048, num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=4, head_dim=128,
-        moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=2048,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        tie_word_embeddings=True,
+    )
     return Qwen3MoeForCausalLM(config)
 
 
 def mimo(hidden: int, experts: int, width: int, heads: int, kv_heads: int, dims: tuple[int, int]) -> nn.Module:
     config = MiMoV2Config(
-        vocab_size=VOCAB, hidden_size=hidden, num_hidden_layers=1, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        swa_num_key_value_heads=kv_heads, head_dim=dims[0], v_head_dim=dims[1], moe_intermediate_size=width,
-        n_routed_experts=experts, num_experts_per_tok=min(8, experts // 2), layer_types=["sliding_attention"],
-        mlp_layer_types=["sparse"], sliding_window=128, attention_value_scale=0.612, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=hidden,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        swa_num_key_value_heads=kv_heads,
+        head_dim=dims[0],
+        v_head_dim=dims[1],
+        moe_intermediate_size=width,
+        n_routed_experts=experts,
+        num_experts_per_tok=min(8, experts // 2),
+        layer_types=["sliding_attention"],
+        mlp_layer_types=["sparse"],
+        sliding_window=128,
+        attention_value_scale=0.612,
+        tie_word_embeddings=True,
+    )
     return MiMoV2ForCausalLM(config)
 
 
@@ -145,7 +166,12 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     cfg = LayerwiseConfig(
-        steps=args.steps, batch_size=args.batch_size, tokens=args.tokens, hidden=args.hidden, slices=args.slices, lr=args.lr
+        steps=args.steps,
+        batch_size=args.batch_size,
+        tokens=args.tokens,
+        hidden=args.hidden,
+        slices=args.slices,
+        lr=args.lr,
     )
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:

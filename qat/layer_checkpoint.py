@@ -9,15 +9,14 @@ from torch import Tensor, nn
 
 from core.checkpoint.index import open_checkpoint
 from core.checkpoint.reader import Reader
+from core.models.build import build_meta, read_config
 from core.models.load import (
     LoadedModel,
     Passthrough,
-    build_meta,
     choose,
     load_tokenizer,
     place,
     plan_reader,
-    read_config,
     restore_buffers,
 )
 from qat.layer_io import find_decoder

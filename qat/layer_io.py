@@ -14,6 +14,7 @@ Legend: N calibration rows, B rows of one call, T tokens in a row, H hidden size
 """
 
 import copy
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ class _Recorder(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args:
             raise UnsupportedError(
-                f"{type(self.stands_for).__name__} gets positional arguments, qat=layerwise needs keywords; use qat=snap"
+                f"{type(self.stands_for).__name__} gets positional arguments; layerwise needs keywords: use qat=snap"
             )
         self.hidden, self.kwargs = hidden_states, kwargs
         return hidden_states
@@ -192,12 +193,13 @@ class DiskStore:
         path.unlink(missing_ok=True)
         try:
             with path.open("wb") as file:
-                file.truncate(self.shape.nbytes)
+                # Reserve the space now: writing to a mapped file on a full disk would kill the process (SIGBUS).
+                os.posix_fallocate(file.fileno(), 0, self.shape.nbytes)
             return self._map(path)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
-                f"{self.folder}: cannot hold {self.shape.nbytes / 2**30:.2f} GiB of hidden states ({error}); free space, "
-                "lower layerwise.tokens or set layerwise.hidden=recompute"
+                f"{self.folder}: cannot hold {self.shape.nbytes / 2**30:.2f} GiB of hidden states ({error}); "
+                "free space, lower layerwise.tokens or set layerwise.hidden=recompute"
             ) from error
 
     def commit(self, key: str, hidden_NTH: Tensor) -> None:

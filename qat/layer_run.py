@@ -1,4 +1,4 @@
-"""The `qat=layerwise` stage of `qat.train`: calibration rows, every layer in turn, the trained model in the run folder."""
+"""The `qat=layerwise` stage of `qat.train`: calibration rows, every layer in turn, the trained model on disk."""
 
 from collections.abc import Iterator
 
@@ -29,7 +29,9 @@ def layerwise_run(config: QATConfig, run: Run, loaded: LoadedModel | CheckpointS
         ConfigError: a parameter outside the decoder layers is to be trained.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        raise UnsupportedError("qat=layerwise runs in one process on one GPU; start it without torchrun or accelerate launch")
+        raise UnsupportedError(
+            "qat=layerwise runs in one process on one GPU; start it without torchrun or accelerate launch"
+        )
     source = loaded if isinstance(loaded, CheckpointSource) else ModelSource(loaded.model, device(config.train))
     loaded = source.loaded if isinstance(source, CheckpointSource) else loaded
     trained = set_trainable(loaded.model, config.trainable.patterns, selection)

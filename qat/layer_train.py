@@ -16,10 +16,10 @@ from kernels.mxfp4_snap import new_flag, raise_if_flagged, snap_from
 from qat.config import LayerwiseConfig
 
 CHUNK = 1 << 24  # elements in one pass of the optimiser: bounds its FP32 temporaries
-MASTER_BYTES = 12  # FP32 master and the two Adam moments, a parameter in training
+MASTER_BYTES = 12  # FP32 master and two Adam moments of a trained parameter
 Rows = slice | Tensor
 Call = Callable[[nn.Module, Tensor, Rows], Tensor]
-"""(layer, hidden states [N, T, H] in host memory or a file, rows of it) -> the layer's output [B, T, H] on the device."""
+"""(layer, hidden states [N, T, H] in host memory or a file, rows of it) -> output [B, T, H] on the device."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +208,7 @@ def auto_slices(layer_bytes: float, trained: float, gradient_bytes: float, budge
         if MASTER_BYTES * trained / slices <= free:
             return slices
     raise ConfigError(
-        f"one decoder layer ({layer_bytes / 1e9:.1f} GB in BF16) and its largest gradient ({gradient_bytes / 1e9:.1f} GB) "
-        f"leave no room for training in {budget / 1e9:.0f} GB of device memory; use a larger device"
+        f"one decoder layer ({layer_bytes / 1e9:.1f} GB in BF16) and its largest gradient "
+        f"({gradient_bytes / 1e9:.1f} GB) leave no room for training in {budget / 1e9:.0f} GB of device memory; "
+        "use a larger device"
     )

@@ -98,7 +98,9 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         hidden, _ = self.calls.record(0, self.pick(slice(0, 1)))
         shape = StreamShape(*self.rows.input_ids_BT.shape, hidden.shape[-1])
-        self.store: HiddenStore = MemoryStore(shape) if cfg.hidden == "recompute" else DiskStore(shape, folder / "hidden")
+        self.store: HiddenStore = (
+            MemoryStore(shape) if cfg.hidden == "recompute" else DiskStore(shape, folder / "hidden")
+        )
 
     def pick(self, rows: Rows) -> Batch:
         return Batch(*(t[rows] for t in self.rows.tensors())).to(self.device)
@@ -191,7 +193,9 @@ def save_layer(run: Run, index: int, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, scratch)
     except (OSError, SafetensorError) as error:
         scratch.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written ({error}); free space and resume, finished layers are safe") from error
+        raise CheckpointError(
+            f"{path}: cannot be written ({error}); free space and resume, finished layers are safe"
+        ) from error
     scratch.replace(path)
 
 
@@ -211,7 +215,8 @@ def restore(run: Run) -> tuple[int, list[LayerReport]]:
     state = json.loads(path.read_text())
     if state["config"] != asdict(run.cfg) or state["seed"] != run.seed:
         raise ConfigError(
-            f"{path}: this run began with other layerwise.* values or another train.seed; resume with those or start anew"
+            f"{path}: this run began with other layerwise.* values or another train.seed; "
+            "resume with those or start anew"
         )
     finished, reports = state["finished"], [LayerReport(**r) for r in state["reports"]]
     if not run.store.durable:

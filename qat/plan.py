@@ -43,7 +43,7 @@ OPTIMISER_TRAFFIC = 60  # bytes read and written per parameter and update, chunk
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the time estimate cannot derive. tflops: sustained BF16 rate of one GPU; read_gbs: checkpoint reading, GB/s."""
+    """What time estimates cannot derive. tflops: sustained BF16 rate of a GPU; read_gbs: checkpoint reading, GB/s."""
 
     tflops: float = 300.0
     read_gbs: float = 2.0
@@ -132,9 +132,17 @@ def make_plan(
             continue
     days = tuple(time_days(facts, config, assume, layerwise, columns))
     return Plan(
-        config.model.name, config.qat, facts, selection, memory, layerwise, columns, tuple(disk(facts, config)), days,
+        config.model.name,
+        config.qat,
+        facts,
+        selection,
+        memory,
+        layerwise,
+        columns,
+        tuple(disk(facts, config)),
+        days,
         notes(config, assume),
-    )  # fmt: skip
+    )
 
 
 def planned_model(config: QATConfig) -> nn.Module:
@@ -147,7 +155,7 @@ def planned_model(config: QATConfig) -> nn.Module:
             return MiMoV2ForCausalLM(nano_config(config.model.nano, 0, 1))
     from core.models.load import meta_model
 
-    return meta_model(config.model.path or config.model.name)
+    return meta_model(config.model.path or config.model.name)[0]
 
 
 def mode_fits(mode: ParallelMode, gpus: int) -> bool:
@@ -225,7 +233,9 @@ def whole_model(facts: Facts, config: QATConfig, mode: ParallelMode, gpus: int) 
     per_layer = 2 * tokens * facts.layer_width
     hidden = 2 * tokens * facts.hidden * facts.layers
     activations = hidden + per_layer if config.train.activation_checkpointing else per_layer * facts.layers
-    teacher = {Teacher.base: facts.trained, Teacher.path: facts.total}.get(config.loss.teacher, 0) if config.loss.kl else 0
+    teacher = (
+        {Teacher.base: facts.trained, Teacher.path: facts.total}.get(config.loss.teacher, 0) if config.loss.kl else 0
+    )
     masters = 4 * facts.trained / optimiser_share
     moments = (4 if config.optim.name is OptimName.muon else 8) * facts.trained / optimiser_share
     off = config.parallel.offload_optimizer is not Offload.none
@@ -265,7 +275,9 @@ def one_layer(facts: Facts, config: QATConfig, budget: float) -> tuple[int, Memo
         )
     )
     if memory.total > budget:
-        raise ConfigError(f"layerwise.slices={slices} needs {memory.total / GB:.0f} GB of {budget / GB:.0f}; set it to 0")
+        raise ConfigError(
+            f"layerwise.slices={slices} needs {memory.total / GB:.0f} GB of {budget / GB:.0f}; set it to 0"
+        )
     return slices, memory
 
 
@@ -277,13 +289,21 @@ def disk(facts: Facts, config: QATConfig) -> list[tuple[str, float]]:
         stream = 2 * config.layerwise.tokens * facts.hidden
         sizes += [("finished layers, BF16", 2 * facts.trained), ("hidden states, at most four streams", 4 * stream)]
     else:
-        sizes += [(f"resumable checkpoints, {config.train.keep_last} kept and one in writing",
-                   (config.train.keep_last + 1) * MASTER_BYTES * facts.trained)]  # fmt: skip
+        sizes += [
+            (
+                f"resumable checkpoints, {config.train.keep_last} kept and one in writing",
+                (config.train.keep_last + 1) * MASTER_BYTES * facts.trained,
+            )
+        ]
     return sizes
 
 
 def time_days(
-    facts: Facts, config: QATConfig, assume: Assumptions, layerwise: dict[int, tuple[int, Memory]], columns: tuple[int, ...]
+    facts: Facts,
+    config: QATConfig,
+    assume: Assumptions,
+    layerwise: dict[int, tuple[int, Memory]],
+    columns: tuple[int, ...],
 ) -> list[tuple[str, float]]:
     """(label, days) of the chosen method."""
     rate = assume.tflops * 1e12

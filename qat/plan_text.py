@@ -52,7 +52,9 @@ def layerwise_lines(plan: Plan) -> list[str]:
         lines += [f"on {size} GB: fits, {turns}", *breakdown(memory)]
     if plan.layerwise:
         f = plan.facts
-        lines.append(f"A node needs host memory or fast disk for one layer ({2 * f.layer / GB:,.1f} GB) at a time, not for the model.")
+        lines.append(
+            f"Layers are read from the checkpoint one at a time ({2 * f.layer / GB:,.1f} GB); the model is never whole."
+        )
     return lines
 
 
@@ -86,4 +88,9 @@ def duration(days: float) -> str:
 
 
 def time_lines(plan: Plan) -> list[str]:
-    return ["", "Time", *(f"  {label}: {duration(days)}" for label, days in plan.days), *(f"  {line}" for line in plan.lines)]
+    return [
+        "",
+        "Time",
+        *(f"  {label}: {duration(days)}" for label, days in plan.days),
+        *(f"  {line}" for line in plan.lines),
+    ]

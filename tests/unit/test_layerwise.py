@@ -10,10 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import GptOssConfig, GptOssForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
-from core.models.load import load_model
 from core.errors import ConfigError, DataError, FormatError, UnsupportedError
+from core.models.load import load_model
 from core.mxfp4 import on_grid, snap
 from core.train.batch import Batch
 from qat.config import LayerwiseConfig
@@ -23,14 +30,22 @@ from qat.layer_train import SliceAdam, Targets, auto_slices, row_order
 from qat.layerwise import train_layerwise
 
 SMALL = {
-    "vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "head_dim": 32, "tie_word_embeddings": False, "initializer_range": 0.12,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.12,
+}
 
 
 def moe() -> nn.Module:
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(**SMALL, intermediate_size=64, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
+    config = Qwen3MoeConfig(
+        **SMALL, intermediate_size=64, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
+    )
     return Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
 
 
@@ -71,7 +86,9 @@ def kl(model: nn.Module, base: nn.Module) -> float:
     total = 0.0
     for batch in rows():
         logp, logq = (
-            m(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).logits.float().log_softmax(-1)
+            m(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False)
+            .logits.float()
+            .log_softmax(-1)
             for m in (base, model)
         )
         total += float((logp.exp() * (logp - logq)).sum(-1).mean())
@@ -108,7 +125,9 @@ def test_compensating_inputs_end_closer_than_bf16_inputs(tmp_path: Path) -> None
     for inputs in ("quantized", "bf16"):
         model = moe()
         cfg = LayerwiseConfig(steps=40, batch_size=8, lr=2e-2, inputs=inputs)
-        losses[inputs] = train_layerwise(ModelSource(model), targets(model), rows(), cfg, tmp_path / inputs).reports[-1].loss
+        losses[inputs] = (
+            train_layerwise(ModelSource(model), targets(model), rows(), cfg, tmp_path / inputs).reports[-1].loss
+        )
     assert losses["quantized"] < losses["bf16"]
 
 
@@ -191,7 +210,9 @@ def test_recorded_calls_reproduce_the_model() -> None:
     hidden = calls.record(0, batch)[0]
     for index, layer in enumerate(decoder.layers):
         hidden = layer(hidden, **calls.record(index, batch)[1])
-    direct = decoder(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).last_hidden_state
+    direct = decoder(
+        input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
+    ).last_hidden_state
     assert torch.equal(decoder.norm(hidden), direct)
 
 
@@ -255,7 +276,9 @@ def test_benchmark_tiny_shape_trains(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.layerwise", "--shape", "tiny", "--tokens", "1024", "--seq-len", "64"]
     command += ["--steps", "30", "--batch-size", "4", "--json", str(out)]
     root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(
+        command, cwd=root, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads(out.read_text())
     assert record["loss"] < record["loss_ptq"]

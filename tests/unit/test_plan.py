@@ -1,33 +1,29 @@
 """The plan's sums against real parameters, published totals, and each other."""
 
 import pytest
-import torch
+from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from core.models.mimo_v2 import MiMoV2ForCausalLM
-from core.models.mimo_v2_config import MiMoV2Config
+from core.errors import ConfigError
 from core.train.config import Offload, OptimConfig, ParallelConfig, ParallelMode, TrainConfig
 from qat.config import LayerwiseConfig, LossConfig, Method, ModelConfig, QATConfig, QuantConfig, Teacher
-from qat.plan import GB, Assumptions, make_plan
-
-PRO_FULL_LAYERS = (0, 7, 15, 23, 31, 39, 47, 55, 62, 69)
-
-
-def pro() -> MiMoV2ForCausalLM:
-    config = MiMoV2Config(
-        hidden_size=6144, num_hidden_layers=70, num_attention_heads=128, num_key_value_heads=8, swa_num_key_value_heads=8,
-        head_dim=192, v_head_dim=128, intermediate_size=16384, moe_intermediate_size=2048, n_routed_experts=384,
-        num_experts_per_tok=8, vocab_size=152576, hybrid_layer_pattern=[int(i not in PRO_FULL_LAYERS) for i in range(70)],
-    )  # fmt: skip
-    with torch.device("meta"):
-        return MiMoV2ForCausalLM(config).to(torch.bfloat16)
+from qat.plan import GB, Assumptions, make_plan, planned_model
 
 
 def tiny() -> Qwen3MoeForCausalLM:
     config = Qwen3MoeConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=3, num_experts=4,
-        num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        moe_intermediate_size=32,
+        num_hidden_layers=3,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        tie_word_embeddings=False,
+    )
     return Qwen3MoeForCausalLM(config)
 
 
@@ -36,8 +32,23 @@ def config(**parts: object) -> QATConfig:
 
 
 @pytest.fixture(scope="module")
-def pro_model() -> MiMoV2ForCausalLM:
-    return pro()
+def pro_model() -> nn.Module:
+    return planned_model(config())
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),  # published, in billions
+    [("mimo_v2_flash", 309, 15.5), ("qwen3_30b_a3b", 30.5, 3.3), ("gpt_oss_20b", 20.9, None)],
+)
+def test_presets_have_their_published_sizes(name: str, total: float, active: float | None) -> None:
+    facts = make_plan(config(model=ModelConfig(name=name))).facts
+    assert facts.total == pytest.approx(total * GB, rel=0.005)
+    assert active is None or facts.active == pytest.approx(active * GB, rel=0.02)
+
+
+def test_an_unknown_model_is_one_clear_error() -> None:
+    with pytest.raises(ConfigError, match="no geometry named mimo_v9"):
+        make_plan(config(model=ModelConfig(name="mimo_v9")))
 
 
 def test_pro_totals_are_the_published_ones(pro_model) -> None:
@@ -74,7 +85,9 @@ def test_zero3_shards_sum_to_the_whole(pro_model, world: int) -> None:
 
 def test_offload_moves_the_optimiser_to_the_host(pro_model) -> None:
     on_gpu = make_plan(config(), pro_model).memory[ParallelMode.zero3, 8]
-    off = make_plan(config(parallel=ParallelConfig(offload_optimizer=Offload.cpu)), pro_model).memory[ParallelMode.zero3, 8]
+    off = make_plan(config(parallel=ParallelConfig(offload_optimizer=Offload.cpu)), pro_model).memory[
+        ParallelMode.zero3, 8
+    ]
     assert off.total + off.host == pytest.approx(on_gpu.total)
 
 
@@ -85,7 +98,16 @@ def test_pro_layerwise_fits_one_gpu_where_whole_training_does_not(pro_model) -> 
     assert plan.memory[ParallelMode.zero3, 8].total > 192 * GB
     text = plan.render()
     assert str(plan) == text
-    for piece in ("memory per GPU", "on 141 GB: fits", "does not fit", "1,021.25B", "97.9%", "zero3", "4 GPUs", "min a layer"):
+    for piece in (
+        "memory per GPU",
+        "on 141 GB: fits",
+        "does not fit",
+        "1,021.25B",
+        "97.9%",
+        "zero3",
+        "4 GPUs",
+        "min a layer",
+    ):
         assert piece in text, piece
 
 
