@@ -63,8 +63,8 @@ def split_fused_qkv(
         tall = grid_shape(height, fused.shape[1])[0]
         if scale.shape[0] != tall * chunks:
             raise CheckpointError(
-                f"{name}: {scale.shape[0]} scale rows, expected {tall * chunks} ({chunks} chunks of {tall}); a re-export with "
-                "another layout cannot be told apart safely, use the original checkpoint"
+                f"{name}: {scale.shape[0]} scale rows, expected {tall * chunks} ({chunks} chunks of {tall}); "
+                "a re-export with another layout cannot be told apart safely, use the original checkpoint"
             )
         pieces = [dequantise_fp8(p, s, name) for p, s in zip(pieces, scale.split(tall), strict=True)]
     triples = [piece.split(parts) for piece in pieces]

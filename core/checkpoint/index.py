@@ -1,6 +1,7 @@
 """Opening a checkpoint folder: every file is checked against its own header before one byte of weight is read.
 
-A safetensors file is: 8 bytes little-endian header length, a JSON header {name: {dtype, shape, data_offsets}}, the data.
+A safetensors file is: 8 bytes of header length (little-endian), a JSON header {name: {dtype, shape, data_offsets}},
+the data.
 Files come from strangers, so sizes, offsets, dtypes and shapes are verified here and nothing is allocated on their
 word alone; names in an index may not lead out of the folder; nothing is ever unpickled.
 """

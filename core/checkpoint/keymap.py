@@ -106,12 +106,13 @@ def make_plan(
             continue
         if found is None:
             raise CheckpointError(
-                f"{checkpoint.folder} lacks {name} (looked for {tries[-1].keys[0]}); wrong model class or incomplete download"
+                f"{checkpoint.folder} lacks {name} (looked for {tries[-1].keys[0]}); "
+                "wrong model class or incomplete download"
             )
         missing = next((k for k in found.keys if k not in keys), None)
         if missing:
             raise CheckpointError(
-                f"{checkpoint.folder} lacks {missing}, a part of {name}; the checkpoint is incomplete, download it again"
+                f"{checkpoint.folder} lacks {missing}, a part of {name}; the download is incomplete, repeat it"
             )
         recipes[name] = found
     used = {key for recipe in recipes.values() for key in recipe.keys}
@@ -122,7 +123,8 @@ def make_plan(
     unknown = next((k for k in left if k not in carried and k not in tied), None)
     if unknown:
         raise CheckpointError(
-            f"{checkpoint.folder} holds {unknown}, which a {model_type} model has no place for; it would be lost, so loading stops"
+            f"{checkpoint.folder} holds {unknown}, which a {model_type} model has no place for; "
+            "it would be lost, so loading stops"
         )
     return Plan(recipes, carried, scales)
 

@@ -28,7 +28,7 @@ class Reader:
     def stream(
         self, wanted: Collection[str] | None = None, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """(name, CPU tensor) in the order of the checkpoint's files; `dtype` None keeps BF16 or the stored float type."""
+        """(name, CPU tensor) in the order of the checkpoint's files; `dtype` None: FP32 and FP16 stay, the rest is BF16."""
         for name in self.order(wanted):
             first = self.checkpoint.entries[self.plan.recipes[name].keys[0]].dtype
             kept = first if first in (torch.float32, torch.float16) else torch.bfloat16
@@ -78,7 +78,7 @@ class Reader:
                 or blocks.shape[3] != 16
             ):
                 raise CheckpointError(
-                    f"{recipe.keys[0]}: {tuple(blocks.shape)} with scales {tuple(scales.shape)} is no MXFP4 block tensor"
+                    f"{recipe.keys[0]}: {tuple(blocks.shape)} with scales {tuple(scales.shape)} is not MXFP4"
                 )
             return dequantise_gpt_oss(blocks, scales)
         return self.fetch(recipe.keys[0], tuple(out.shape))
@@ -119,7 +119,8 @@ class Reader:
             low, high = piece.aminmax()
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise CheckpointError(
-                    f"{key} in {self.checkpoint.entries[key].file} has a NaN or Inf; the checkpoint is damaged, download it again"
+                    f"{key} in {self.checkpoint.entries[key].file} has a NaN or Inf; "
+                    "the checkpoint is damaged, download it again"
                 )
 
 

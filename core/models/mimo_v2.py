@@ -76,7 +76,7 @@ class Attention(nn.Module):
 
 
 class Router(nn.Module):
-    """Returns (logits [BT, E], weights [BT, K], indices [BT, K]), FP32; the correction bias stays FP32 under any cast."""
+    """(logits [BT, E], weights [BT, K], indices [BT, K]) in FP32; the correction bias stays FP32 under any cast."""
 
     def __init__(self, config: MiMoV2Config) -> None:
         super().__init__()

@@ -128,19 +128,21 @@ class MiMoV2Config(PreTrainedConfig):
                     f"config.json: {key}={value} differs from {base}={getattr(self, base)}; MiMoV2 has one for both"
                 )
         for key, allowed in ONLY_VALUE.items():
-            value = extra.get(key)
+            value = extra.pop(key, None) if key == "rope_scaling" else extra.get(key)
             if value is not None and value not in allowed:
                 raise UnsupportedError(f"config.json: {key}={value!r}; fp4flash's MiMo-V2 computes {allowed[0]!r} only")
         for key, values in (("layer_types", {FULL, WINDOW}), ("mlp_layer_types", {DENSE, SPARSE})):
             given = getattr(self, key)
             if len(given) != self.num_hidden_layers or not set(given) <= values:
                 raise ConfigError(
-                    f"config.json: {key} has {len(given)} entries {sorted(set(given))}; expected {self.num_hidden_layers} of {sorted(values)}"
+                    f"config.json: {key} has {len(given)} entries {sorted(set(given))}; "
+                    f"expected {self.num_hidden_layers} of {sorted(values)}"
                 )
         for key in ("num_key_value_heads", "swa_num_key_value_heads"):
             if self.num_attention_heads % getattr(self, key):
                 raise ConfigError(
-                    f"config.json: {key}={getattr(self, key)} does not divide num_attention_heads={self.num_attention_heads}"
+                    f"config.json: {key}={getattr(self, key)} does not divide "
+                    f"num_attention_heads={self.num_attention_heads}"
                 )
         if self.attention_dropout:
             raise UnsupportedError(
