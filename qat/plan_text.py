@@ -5,6 +5,9 @@ from qat.config import Method
 from qat.plan import GB, GPU_SIZES, MODES, Memory, Plan
 
 
+NO = "does not fit"
+
+
 def render(plan: Plan) -> str:
     """Model, coverage, memory per GPU, disk, time, assumptions."""
     parts = [model_lines(plan), ["", "Coverage", *plan.selection.table().splitlines()]]
@@ -30,7 +33,7 @@ def fits(memory: Memory) -> str:
     for size in GPU_SIZES:
         if memory.total <= 0.9 * size * GB:
             return f"fits {size} GB"
-    return "does not fit"
+    return NO
 
 
 def breakdown(memory: Memory) -> list[str]:
@@ -69,6 +72,10 @@ def whole_lines(plan: Plan) -> list[str]:
             cells.append("-" if memory is None else f"{memory.total / GB:,.1f} ({fits(memory)})")
         lines.append(f"  {mode.value:<10}" + "".join(f"{cell:>28}" for cell in cells))
     if plan.method is not Method.layerwise:
+        if not any(fits(memory) != NO for memory in plan.memory.values()):
+            lines.append(
+                "Nothing above fits. One decoder layer at a time does: set qat=layerwise, and dry_run=true for its plan."
+            )
         for n in plan.columns:
             mode = ParallelMode.none if n == 1 else ParallelMode.zero3
             lines += [f"{mode.value} on {n} GPU{'s' * (n > 1)}, each holds", *breakdown(plan.memory[mode, n])]

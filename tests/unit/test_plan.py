@@ -136,3 +136,8 @@ def test_activation_checkpointing_and_dense_selection() -> None:
     assert plan.facts.quantised == plan.facts.experts + 3 * 64 * 64
     light = make_plan(config(train=TrainConfig(activation_checkpointing=True)), tiny())
     assert light.memory[ParallelMode.none, 1].total < plan.memory[ParallelMode.none, 1].total
+
+
+def test_a_plan_that_fits_nowhere_names_the_way_out(pro_model) -> None:
+    assert "set qat=layerwise" in make_plan(config(), pro_model).render()
+    assert "set qat=layerwise" not in make_plan(config(), tiny()).render()
