@@ -28,7 +28,7 @@ class Reader:
     def stream(
         self, wanted: Collection[str] | None = None, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, Tensor]]:
-        """(name, CPU tensor) in the order of the checkpoint's files; `dtype` None: FP32 and FP16 stay, the rest is BF16."""
+        """(name, CPU tensor) in the order of the checkpoint's files; None: FP32 and FP16 stay, else BF16."""
         for name in self.order(wanted):
             first = self.checkpoint.entries[self.plan.recipes[name].keys[0]].dtype
             kept = first if first in (torch.float32, torch.float16) else torch.bfloat16
