@@ -20,7 +20,7 @@ from core.models.mimo_v2_config import MiMoV2Config
 from core.train.batch import Batch
 from core.train.config import OptimConfig, ParallelConfig
 from core.train.engines import build_engine
-from qat.base import NoHook
+from core.train.loop import NoHook
 from qat.config import LossConfig, Method, QuantConfig
 from qat.losses import make_loss
 from qat.select import select, set_trainable

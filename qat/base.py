@@ -6,6 +6,7 @@ sigmoid router with correction bias, dense first layer), so the demo walks the r
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from core.run import Run, start_run
 from core.train.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from core.train.data import document_texts, train_stream
 from core.train.engines import build_engine
-from core.train.loop import Loop
+from core.train.loop import Loop, NoHook
 from core.train.tokenizer import load_tokenizer, train_tokenizer
 from qat.config import LossConfig, NanoConfig, QATConfig
 from qat.losses import make_loss
@@ -118,22 +119,6 @@ def train_base(config: QATConfig, nano: NanoConfig, tokenizer: object, run: Run)
     run.update(state="finished")
 
 
-class NoHook:
-    """Nothing added to a step: the plain trainer."""
-
-    def after_step(self, step: int) -> None:
-        """Nothing."""
-
-    def metrics(self, step: int) -> dict[str, object]:  # noqa: ARG002
-        return {}
-
-    def state_dict(self) -> dict[str, object]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Nothing."""
-
-
 def device(train: TrainConfig) -> torch.device:
     """The device of this process: `train.device`, or the GPU of LOCAL_RANK where there is one."""
     if train.device not in {"auto", "cpu", "cuda"}:
@@ -146,6 +131,4 @@ def device(train: TrainConfig) -> torch.device:
 
 
 def local_rank() -> int:
-    import os
-
     return int(os.environ.get("LOCAL_RANK", "0"))

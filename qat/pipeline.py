@@ -14,9 +14,9 @@ from core.run import Run, start_run, write_json
 from core.train.data import eval_batches, train_stream
 from core.train.engine import Engine
 from core.train.engines import build_engine, start_processes
-from core.train.loop import Loop, rows_per_rank
+from core.train.loop import Loop, NoHook, rows_per_rank
 from core.train.tracker import make_tracker
-from qat.base import NoHook, device, model_folder
+from qat.base import device, model_folder
 from qat.config import Method, QATConfig, QuantFormat
 from qat.evaluate import arm_sums, bf16_sums
 from qat.fake_quant import use_fake_quant

@@ -51,6 +51,22 @@ class Hook(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class NoHook:
+    """Nothing added to a step: the plain trainer."""
+
+    def after_step(self, step: int) -> None:
+        """Nothing."""
+
+    def metrics(self, step: int) -> dict[str, Any]:  # noqa: ARG002
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 @dataclass(frozen=True)
 class Loop:
     """Everything a run of the loop needs; `run()` does it.

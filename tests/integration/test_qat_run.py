@@ -1,0 +1,79 @@
+"""The main job, end to end, as a user runs it."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from core.mxfp4 import on_grid
+from tests.integration.conftest import Cli
+
+
+def model_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for f in sorted(folder.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+def test_a_run_writes_what_it_promises(finished: Path) -> None:
+    for name in ("config.yaml", "run.json", "metrics.jsonl", "report.md", "report.json", "selection.json"):
+        assert (finished / name).exists(), name
+    assert list(finished.glob("*.png")) or list(finished.glob("plots/*.png"))
+    assert json.loads((finished / "run.json").read_text())["state"] == "finished"
+    assert (finished.parent / "latest").resolve() == finished
+    report = json.loads((finished / "report.json").read_text())
+    assert json.dumps(report).count("PTQ") >= 1
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "lr", "grad_norm", "tokens_per_s"} <= set(rows[0])
+
+
+def test_experts_end_on_the_grid_and_nothing_else_moved(finished: Path, base: Path) -> None:
+    before, after = model_tensors(base), model_tensors(finished / "model")
+    assert set(before) == set(after)
+    moved = 0
+    for name, weight in after.items():
+        if ".experts." in name:
+            assert on_grid(weight), name
+            moved += not torch.equal(weight, before[name])
+        else:
+            assert torch.equal(weight, before[name]), name
+    assert moved
+
+
+def test_transformers_loads_the_result(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(finished / "model", dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    ids = tokenizer("def main():", return_tensors="pt").input_ids
+    assert torch.isfinite(model(ids).logits.float()).all()
+
+
+def test_snap_and_fake_quant_have_bit_identical_losses(cli: Cli, finished: Path) -> None:
+    assert cli.demo("run.name=fake", "qat=fake_quant").returncode == 0
+
+    def losses(run: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in json.loads(line)]
+
+    assert losses(cli.root / "fake") == losses(finished)
+    for name, weight in model_tensors(cli.root / "fake" / "model").items():
+        assert torch.equal(weight, model_tensors(finished / "model")[name]), name
+
+
+def test_resume_after_the_end_changes_nothing(cli: Cli, finished: Path) -> None:
+    assert cli.demo("run.name=again").returncode == 0
+    before = model_tensors(cli.root / "again" / "model")
+    assert cli("run.resume=latest").returncode == 0
+    after = model_tensors(cli.root / "again" / "model")
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_plain_bf16_trainer_is_the_same_code(cli: Cli, finished: Path) -> None:
+    done = cli.demo("run.name=bf16", "quant=none", "loss=ce", "trainable.patterns=[all]")
+    assert done.returncode == 0, done.stderr
+
+
+def test_dry_run_of_the_1t_model_needs_no_weights(cli: Cli) -> None:
+    done = cli("+experiment=mimo_fp4", "model=mimo_v2_5_pro", "dry_run=true")
+    assert done.returncode == 0, done.stderr
+    assert "quantised" in done.stdout
+    assert not cli.root.exists()
