@@ -4,7 +4,6 @@ from core.train.config import ParallelMode
 from qat.config import Method
 from qat.plan import GB, GPU_SIZES, MODES, Memory, Plan
 
-
 NO = "does not fit"
 
 
@@ -74,7 +73,7 @@ def whole_lines(plan: Plan) -> list[str]:
     if plan.method is not Method.layerwise:
         if not any(fits(memory) != NO for memory in plan.memory.values()):
             lines.append(
-                "Nothing above fits. One decoder layer at a time does: set qat=layerwise, and dry_run=true for its plan."
+                "Nothing above fits. One decoder layer at a time does: set qat=layerwise; dry_run=true plans it."
             )
         for n in plan.columns:
             mode = ParallelMode.none if n == 1 else ParallelMode.zero3
