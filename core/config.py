@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -49,12 +50,11 @@ def load(command: Command, overrides: list[str]) -> tuple[object, str]:
     Raises:
         ConfigError: an unknown key or group, a wrong type, a missing required value; one line.
     """
+    ConfigStore.instance().store(name=f"{command.config}_schema", node=command.schema)
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = compose(config_name=command.config, overrides=overrides)
-        OmegaConf.set_struct(composed, False)
-        merged = OmegaConf.merge(OmegaConf.structured(command.schema), composed)
-        merged = continued(merged, overrides)
+        merged = continued(composed, overrides)
         OmegaConf.resolve(merged)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:

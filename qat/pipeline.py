@@ -1,7 +1,7 @@
 """A QAT run from configuration to report: the stages of `qat.train`, in order."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from core.errors import ConfigError
 from core.models.load import LoadedModel, load_model, save_model
-from core.run import Run, start_run, write_json
+from core.run import Run, open_run, start_run, write_json
 from core.train.data import eval_batches, train_stream
 from core.train.engine import Engine
 from core.train.engines import build_engine, start_processes
@@ -122,24 +122,49 @@ class Evaluator:
 
 def finish(config: QATConfig, run: Run, base: Path, selection: Selection, target: torch.device) -> Run:
     """Evaluate the arms on rank 0 and write the report."""
-    if run.rank != 0:
-        return run
-    batches = None
-    reference = load_model(base, device=target, attention=config.model.attention, experts=config.model.experts)
-    rows = config.train.micro_batch_size or min(config.train.batch_size, 8)
-    batches = eval_batches(config.data, reference.tokenizer, rows)
+    if run.rank == 0:
+        write_json(run.folder / "selection.json", selection.as_json())
+        run.update(base=str(base.resolve()))
+        print(compare(config, run, base, selection, target))
+        run.update(state="finished")
+    return run
+
+
+def compare(config: QATConfig, run: Run, base: Path, selection: Selection, target: torch.device) -> str:
+    """BF16, PTQ and the run's model on the same held-out rows; writes the report and returns its text."""
+
+    def load(folder: Path) -> LoadedModel:
+        return load_model(folder, device=target, attention=config.model.attention, experts=config.model.experts)
+
+    reference = load(base)
+    batches = eval_batches(config.data, reference.tokenizer, config.train.micro_batch_size or min(config.train.batch_size, 8))
     arms = {"BF16": bf16_sums(reference.model, batches, target)}
-    student = load_model(base, device=target, attention=config.model.attention, experts=config.model.experts)
     if selection.tensors:
+        student = load(base)
         ptq_(student.model, selection, config.quant)
         arms["PTQ"] = arm_sums(student.model, reference.model, batches, target)
-    del student
-    trained = load_model(run.model, device=target, attention=config.model.attention, experts=config.model.experts)
-    arms["QAT" if selection.tensors else "trained"] = arm_sums(trained.model, reference.model, batches, target)
-    write_json(run.folder / "selection.json", selection.as_json())
-    print(write_report(run, arms, selection, config.eval))
-    run.update(state="finished", base=str(base))
-    return run
+        del student
+    arms["QAT" if selection.tensors else "trained"] = arm_sums(load(run.model).model, reference.model, batches, target)
+    quant = run.folder / "quant.json"
+    extra = {"quant": json.loads(quant.read_text())} if quant.exists() else {}
+    return write_report(run, arms, selection, config.eval, extra)
+
+
+def evaluate_run(config: QATConfig) -> None:
+    """`python -m qat.evaluate run.resume=...`: the comparison of a finished run, again.
+
+    Raises:
+        ConfigError: no run is named, or it has no model yet.
+    """
+    if not config.run.resume:
+        raise ConfigError("name the run: run.resume=latest or run.resume=NAME")
+    run = open_run(Path(config.run.root), config.run.resume)
+    if not (run.model / "config.json").exists():
+        raise ConfigError(f"{run.folder} has no model yet (state: {run.info().get('state')}); finish it with qat.train run.resume=")
+    target = device(config.train)
+    base = Path(run.info()["base"])
+    selection = select(load_model(base).model, config.quant)
+    print(compare(config, run, base, selection, target))
 
 
 def announce(config: QATConfig, say: Any) -> None:

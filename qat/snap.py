@@ -16,7 +16,7 @@ from core.mxfp4 import BLOCK, on_grid
 from core.train.engine import Engine, Shard
 from kernels.mxfp4_snap import new_flag, raise_if_flagged, snap_
 from qat.config import Method, QuantConfig
-from qat.metrics import CodeTracker, ExpertCounter
+from qat.metrics import CodeTracker, ExpertCounter, clip_rate
 from qat.select import Selected, Selection, refuse_transposed_shard
 
 
@@ -69,6 +69,20 @@ class Quantiser:
         """Flip, oscillation and clip rates, and snap error, since the last call; checks the NaN flag."""
         raise_if_flagged(self.flag, f"a selected weight at step {step}")
         return self.tracker.metrics()
+
+    def summary(self) -> dict[str, Any]:
+        """What the report says of codes and experts: clip rate of the masters, tokens per expert, starved experts."""
+        names = [n for n, p in self.engine.model.named_parameters() if p.requires_grad and n in self.tensors]
+        rates = [
+            clip_rate(s.flat, self.config.rule)
+            for s in self.engine.master_shards(names)
+            if self.tensors[s.name].dim == -1 and s.start == 0
+        ]
+        return {
+            "clip_rate": sum(rates) / len(rates) if rates else None,
+            "tokens_per_expert": self.counter.table(),
+            "starved": self.counter.starved(),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"tracker": self.tracker.state_dict(), "counter": self.counter.state_dict()}

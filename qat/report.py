@@ -1,0 +1,127 @@
+"""The numbers of a run: a table on the terminal, report.md, report.json and plots.
+
+Headline: the share of PTQ's KL that QAT removes, 1 - KL(QAT) / KL(PTQ), where each KL is the mean over domains of the
+mean over tokens. Its 95 % interval resamples the rows of every domain with replacement, the same rows for both arms.
+Loss alone misleads: training on in-domain text lowers it below the BF16 model's while the model drifts away from it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.run import Run, write_json
+from qat.config import EvalConfig
+from qat.evaluate import Arm
+from qat.plots import plot_curves, plot_recovery
+from qat.select import Selection
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Share:
+    """Share of PTQ's KL removed, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+def mean_kl(arm: Arm, pick: dict[str, Tensor] | None = None) -> float:
+    """Mean over domains of KL per token, over all rows or the picked ones."""
+    values = []
+    for domain, rows in arm.items():
+        at = pick[domain] if pick else slice(None)
+        values.append(float(rows.kl[at].sum() / rows.tokens[at].sum()))
+    return sum(values) / len(values)
+
+
+def removed(ptq: Arm, arm: Arm, draws: int, seed: int = 0) -> Share:
+    """1 - KL(arm) / KL(PTQ) with a paired bootstrap over rows within domains."""
+    generator = torch.Generator().manual_seed(seed)
+    sampled = []
+    for _ in range(draws):
+        pick = {d: torch.randint(len(r.tokens), (len(r.tokens),), generator=generator) for d, r in ptq.items()}
+        sampled.append(1 - mean_kl(arm, pick) / mean_kl(ptq, pick))
+    ordered = torch.tensor(sampled or [math.nan], dtype=torch.float64).sort().values
+    low, high = (float(ordered[min(len(ordered) - 1, int(q * len(ordered)))]) for q in (0.025, 0.975))
+    return Share(1 - mean_kl(arm) / mean_kl(ptq), low, high)
+
+
+def summarise(arm: Arm) -> dict[str, dict[str, float]]:
+    """Per domain: loss, perplexity, KL, argmax agreement, tokens."""
+    found = {}
+    for domain, r in arm.items():
+        tokens = float(r.tokens.sum())
+        loss = float(r.ce.sum()) / tokens
+        found[domain] = {
+            "loss": loss, "perplexity": math.exp(min(loss, 50)), "kl": float(r.kl.sum()) / tokens,
+            "agreement": float(r.agree.sum()) / tokens, "tokens": tokens,
+        }  # fmt: skip
+    return found
+
+
+def recovery_table(arms: dict[str, Arm], shares: dict[str, Share]) -> str:
+    """Aligned text: loss and KL of every arm by domain, then the headline."""
+    names = list(arms)
+    others = [n for n in names if n != "BF16"]
+    head = f"{'domain':14}" + "".join(f"{'loss ' + n:>13}" for n in names) + "".join(f"{'KL ' + n:>12}" for n in others)
+    lines = [head]
+    tables = {n: summarise(a) for n, a in arms.items()}
+    domains = list(next(iter(tables.values())))
+    for domain in domains:
+        loss = "".join(f"{tables[n][domain]['loss']:>13.4f}" for n in names)
+        lines.append(f"{domain:14}{loss}" + "".join(f"{tables[n][domain]['kl']:>12.5f}" for n in others))
+    mean = {n: sum(t[d]["loss"] for d in domains) / len(domains) for n, t in tables.items()}
+    kls = {n: mean_kl(arms[n]) for n in others}
+    lines.append(f"{'mean':14}" + "".join(f"{mean[n]:>13.4f}" for n in names) + "".join(f"{kls[n]:>12.5f}" for n in others))
+    lines += [f"\n{name} removes {share} of PTQ's KL to the BF16 model (95 % bootstrap over rows)" for name, share in shares.items()]
+    return "\n".join(lines)
+
+
+def write_report(
+    run: Run, arms: dict[str, Arm], selection: Selection, config: EvalConfig, extra: dict[str, Any] | None = None
+) -> str:
+    """Write report.json, report.md and the plots; returns what to print."""
+    extra = extra or {}
+    shares = {n: removed(arms["PTQ"], a, config.bootstrap) for n, a in arms.items() if "PTQ" in arms and n not in {"BF16", "PTQ"}}
+    table = recovery_table(arms, shares)
+    metrics = run.metrics()
+    rates = {k: next((r[k] for r in reversed(metrics) if k in r), None) for k in ("flip_rate", "oscillation_rate")}
+    value = {
+        "schema": SCHEMA,
+        "arms": {n: summarise(a) for n, a in arms.items()},
+        "kl_removed": {n: {"value": s.value, "low": s.low, "high": s.high} for n, s in shares.items()},
+        "selection": selection.as_json()["coverage"],
+        "last_step": rates,
+        **extra,
+    }
+    write_json(run.folder / "report.json", value)
+    notes = quant_notes(rates, extra)
+    text = f"{table}\n\n{notes}" if notes else table
+    (run.folder / "report.md").write_text(f"# {run.folder.name}\n\n```\n{text}\n\n{selection.table()}\n```\n")
+    plot_curves(metrics, run.folder / "curves.png")
+    if shares:
+        plot_recovery(value["arms"], run.folder / "recovery.png")
+    return f"\n{text}\n\nWritten: {run.folder} (model/, report.md, report.json, curves.png, recovery.png, metrics.jsonl)"
+
+
+def quant_notes(rates: dict[str, Any], extra: dict[str, Any]) -> str:
+    """Flip, oscillation and clip rates, and the starved experts by name."""
+    lines = []
+    quant = extra.get("quant", {})
+    parts = [f"{k.replace('_', ' ')} {v:.3%}" for k, v in {**rates, "clip_rate": quant.get("clip_rate")}.items() if v is not None]
+    if parts:
+        lines.append("Codes at the last step: " + ", ".join(parts))
+    starved = quant.get("starved")
+    if starved is not None:
+        lines.append(f"Starved experts (under 1 % of uniform routing): {len(starved) or 'none'}" + "".join(f"\n  {s}" for s in starved[:8]))
+    for task in extra.get("tasks", []):
+        lines.append(f"{task['arm']} {task['task']}: {task['accuracy']:.1%} [{task['low']:.1%}, {task['high']:.1%}] of {task['count']}")
+    return "\n".join(lines)
