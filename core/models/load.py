@@ -6,6 +6,7 @@ Saving writes the hub's names, so that `AutoModelForCausalLM.from_pretrained(out
 the class does not compute (MTP blocks, vision, audio) from the source, byte for byte.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Iterable
@@ -26,6 +27,7 @@ from core.models.build import build_meta, meta_model, read_config
 from core.models.experts import find_experts
 from core.models.mimo_v2 import MiMoV2ForCausalLM
 from core.models.mimo_v2_config import MiMoV2Config
+from core.models.packing import separate_documents
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -79,10 +81,14 @@ def load_model(
     folder = Path(path)
     config = read_config(folder)
     checkpoint = open_checkpoint(folder)
-    model = build_meta(config, dtype)
+    model = build_meta(copy.deepcopy(config), dtype)
     reader = plan_reader(model, checkpoint, checkpoint.config.get("model_type", config.model_type))
     fill(model, reader, dtype, torch.device(device))
     choose(model, attention, experts)
+    # transformers forgets that a row is packed as soon as it makes a cache, so a plain forward must not make one;
+    # generate() has its own switch. LoadedModel.config is another object and is saved as it came.
+    model.config.use_cache = False
+    separate_documents(model)
     model.eval()
     carried = tuple(Passthrough(k, checkpoint.entries[k].nbytes) for k in reader.plan.carried)
     return LoadedModel(model, config, load_tokenizer(folder), carried, folder)

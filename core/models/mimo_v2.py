@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -293,9 +293,10 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
 class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
-    def __init__(self, config: MiMoV2Config) -> None:
+    def __init__(self, config: MiMoV2Config, ops: ModelOps | None = None) -> None:
         super().__init__(config)
         self.model = MiMoV2Model(config)
+        self.model.ops = ops
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -324,3 +325,8 @@ class MiMoV2ForCausalLM(MiMoV2PreTrainedModel, GenerationMixin):
         return MoeCausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
         )
+
+
+# transformers' own registries: AutoTokenizer, AutoConfig and AutoModelForCausalLM read folders of this type in-process
+AutoConfig.register(MiMoV2Config.model_type, MiMoV2Config, exist_ok=True)
+AutoModelForCausalLM.register(MiMoV2Config, MiMoV2ForCausalLM, exist_ok=True)

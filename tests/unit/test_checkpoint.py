@@ -31,7 +31,9 @@ def write(folder: Path, shards: dict[str, dict[str, Tensor]]) -> None:
 
 
 def two_shards(folder: Path) -> None:
-    write(folder, {"a.safetensors": {"x": torch.randn(4, 5)}, "b.safetensors": {"y": torch.zeros(3), "z": torch.ones(0)}})
+    write(
+        folder, {"a.safetensors": {"x": torch.randn(4, 5)}, "b.safetensors": {"y": torch.zeros(3), "z": torch.ones(0)}}
+    )
 
 
 def truncate(folder: Path) -> None:
@@ -98,7 +100,8 @@ def test_damage_is_one_line_with_a_remedy(case: str, tmp_path: Path) -> None:
 
 def test_reads_what_safetensors_wrote(tmp_path: Path) -> None:
     tensors = {
-        "bf16": torch.randn(3, 7).bfloat16(), "f8": torch.randn(4, 4).to(torch.float8_e4m3fn), "scalar": torch.tensor(3.0),
+        "bf16": torch.randn(3, 7).bfloat16(), "f8": torch.randn(4, 4).to(torch.float8_e4m3fn),
+        "scalar": torch.tensor(3.0),
         "none": torch.zeros(0, 5), "i64": torch.arange(9), "bool": torch.tensor([True, False]),
     }  # fmt: skip
     save_file(tensors, tmp_path / SINGLE)
@@ -118,7 +121,11 @@ def test_missing_folder_says_what_to_do(tmp_path: Path) -> None:
 def fp8(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(codes, scale grid, what they mean) by an independent loop over blocks, ragged edges included."""
     rows, columns = grid_shape(*weight.shape)
-    codes, scale, value = torch.empty(weight.shape, dtype=torch.float8_e4m3fn), torch.empty(rows, columns), weight.clone()
+    codes, scale, value = (
+        torch.empty(weight.shape, dtype=torch.float8_e4m3fn),
+        torch.empty(rows, columns),
+        weight.clone(),
+    )
     for i in range(rows):
         for j in range(columns):
             block = (slice(i * 128, (i + 1) * 128), slice(j * 128, (j + 1) * 128))
@@ -136,7 +143,9 @@ def test_fp8_blocks_with_ragged_edges() -> None:
         dequantise_fp8(codes, scale[:1], "w")
 
 
-@pytest.mark.parametrize(("chunks", "rows", "tall"), [(8, (3072, 192, 128), 216), (4, (3072, 192, 128), 108), (4, (3072, 384, 256), 116)])
+@pytest.mark.parametrize(
+    ("chunks", "rows", "tall"), [(8, (3072, 192, 128), 216), (4, (3072, 192, 128), 108), (4, (3072, 384, 256), 116)]
+)
 def test_published_scale_grids_of_fused_qkv(chunks: int, rows: tuple[int, int, int], tall: int) -> None:
     """Pro 216, full layers of the 48-layer models 108, their window layers 116 (not 212, 106, 116)."""
     assert chunks * grid_shape(sum(rows), 1)[0] == tall
@@ -149,7 +158,8 @@ def test_published_scale_grids_of_fused_qkv(chunks: int, rows: tuple[int, int, i
 
 MIMO: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 160, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "swa_num_key_value_heads": 2, "head_dim": 72, "v_head_dim": 48, "moe_intermediate_size": 96,
+    "num_key_value_heads": 2, "swa_num_key_value_heads": 2, "head_dim": 72, "v_head_dim": 48,
+    "moe_intermediate_size": 96,
     "n_routed_experts": 3, "num_experts_per_tok": 2, "sliding_window": 5,
     "layer_types": ["full_attention", "sliding_attention"],
 }  # fmt: skip
@@ -160,7 +170,9 @@ def packed_mimo(folder: Path) -> dict[str, Tensor]:
     config = MiMoV2Config(**MIMO)
     torch.manual_seed(0)
     model = MiMoV2ForCausalLM(config)
-    values = {n: torch.randn_like(t) if n.endswith(("sinks", "bias")) else t.bfloat16() for n, t in model.state_dict().items()}
+    values = {
+        n: torch.randn_like(t) if n.endswith(("sinks", "bias")) else t.bfloat16() for n, t in model.state_dict().items()
+    }
     stored: dict[str, Tensor] = {"model.mtp.layers.0.enorm.weight": torch.ones(160).bfloat16()}
 
     def put(key: str, weight: Tensor) -> Tensor:

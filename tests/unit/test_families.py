@@ -86,6 +86,21 @@ def test_round_trip(family: str, tmp_path: Path) -> None:
     assert set(open_checkpoint(tmp_path / "ours").entries) == set(open_checkpoint(tmp_path / "hub").entries)
 
 
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_packed_documents_do_not_see_each_other(family: str, tmp_path: Path) -> None:
+    """Nobody has to say use_cache=False: transformers drops the packing mask when a cache is made."""
+    make(FAMILIES[family]).save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, dtype=torch.float32)
+    model = loaded.model
+    assert loaded.config.use_cache
+    assert model.generate(IDS, max_new_tokens=2, return_dict_in_generate=True).past_key_values is not None
+    positions = torch.cat([torch.arange(4), torch.arange(7)]).expand(2, -1)
+    with torch.no_grad():
+        together = model.model(input_ids=IDS, position_ids=positions).last_hidden_state
+        apart = torch.cat([model.model(input_ids=part).last_hidden_state for part in IDS.split([4, 7], 1)], 1)
+    assert (together - apart).abs().max() < 1e-5
+
+
 def test_expert_layouts() -> None:
     found = {name: find_experts(make(config)) for name, config in FAMILIES.items()}
     assert {e.reduction_dim for e in found["gpt_oss"]} == {-2}
