@@ -34,6 +34,8 @@ def read_config(folder: Path | str) -> PreTrainedConfig:
 def config_from(raw: Mapping[str, Any]) -> PreTrainedConfig:
     kind = raw.get("model_type")
     raw = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "quantization_config")}
+    if kind == "mimo_v2_flash" and not raw.keys() & {"sliding_window", "sliding_window_size"}:
+        raw["sliding_window"] = 129  # transformers leaves its default out of the files it writes
     if kind in MIMO_TYPES:
         return MiMoV2Config(**raw)
     if kind not in CONFIG_MAPPING:

@@ -41,6 +41,10 @@ TOKENIZER_FILES = (
     "tokenizer.model",
 )
 __all__ = ["LoadedModel", "Passthrough", "load_model", "load_tokenizer", "meta_model", "plan_reader", "save_model"]
+NOT_SAVED = (
+    "quantization_config", "auto_map", "torch_dtype", "_name_or_path", "id2label", "label2id", "problem_type",
+    "return_dict", "output_attentions", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder",
+)  # fmt: skip
 ATTENTION = ("auto", "eager", "sdpa", "flex_attention")
 
 
@@ -250,14 +254,16 @@ def carry(writer: ShardWriter, source: LoadedModel, part: Path) -> None:
 
 def saved_config(config: PreTrainedConfig) -> dict[str, Any]:
     """config.json of a BF16 checkpoint; MiMo-V2 in transformers' own type wherever its class computes the geometry."""
-    raw = config.to_dict()
-    for key in ("quantization_config", "auto_map", "torch_dtype", "_name_or_path"):
-        raw.pop(key, None)
     if isinstance(config, MiMoV2Config):
+        raw = config.to_dict()
         raw["architectures"] = ["MiMoV2ForCausalLM"]
         if config.fits_transformers:
             raw.pop("swa_num_key_value_heads")
             raw.pop("model_type")
             raw = MiMoV2FlashConfig(**raw).to_dict()
             raw["architectures"] = ["MiMoV2FlashForCausalLM"]
+    else:
+        raw = config.to_diff_dict()
+    for key in NOT_SAVED:
+        raw.pop(key, None)
     return raw | {"dtype": "bfloat16"}

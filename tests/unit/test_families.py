@@ -19,7 +19,7 @@ from transformers import (
 
 from core.checkpoint.index import open_checkpoint
 from core.errors import CheckpointError, ConfigError, UnsupportedError
-from core.models.build import preset_names
+from core.models.build import preset_names, read_config
 from core.models.experts import find_experts
 from core.models.load import load_model, meta_model, save_model
 from core.models.mimo_v2 import MiMoV2ForCausalLM
@@ -146,6 +146,14 @@ def test_bf16_load_keeps_the_correction_bias_in_fp32(tmp_path: Path) -> None:
     assert torch.equal(ours[name], theirs[name])
     assert all(t.dtype == torch.bfloat16 for n, t in ours.items() if n != name)
     assert all(torch.equal(t, theirs[n].to(t.dtype)) for n, t in ours.items())
+
+
+@pytest.mark.parametrize("window", [{}, {"sliding_window": 7}, {"sliding_window_size": 6}])
+def test_reads_the_window_that_transformers_means(window: dict[str, int], tmp_path: Path) -> None:
+    """Its default of 129 is not in the file it writes; 6 becomes 7 there, and both stay in the file."""
+    config = MiMoV2FlashConfig(**{k: v for k, v in MIMO.items() if k != "sliding_window"}, **window)
+    config.save_pretrained(tmp_path)
+    assert read_config(tmp_path).sliding_window == config.sliding_window
 
 
 def change(folder: Path, edit: Any) -> None:
