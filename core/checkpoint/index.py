@@ -69,7 +69,7 @@ class Checkpoint:
         if entry.nbytes:
             with entry.file.open("rb", buffering=0) as file:
                 file.seek(entry.start)
-                read_exactly(file, memoryview(raw.numpy()), entry)
+                read_exactly(file, raw.numpy().data, entry)
         return raw.view(entry.dtype).reshape(entry.shape)
 
     @property

@@ -107,10 +107,10 @@ class Reader:
     def fetch_qkv(self, name: str, recipe: Recipe) -> Tensor:
         key = recipe.keys[0]
         stem = name.rsplit(".", 2)[0]
-        rows = tuple(self.shapes[f"{stem}.{p}_proj.weight"][0] for p in "qkv")
+        q, k, v = (self.shapes[f"{stem}.{p}_proj.weight"][0] for p in "qkv")
         scale = self.checkpoint.read(self.plan.scales[key]) if key in self.plan.scales else None
         fused = self.checkpoint.read(key)
-        return split_fused_qkv(fused, scale, self.qkv_chunks, rows, key)[recipe.part]
+        return split_fused_qkv(fused, scale, self.qkv_chunks, (q, k, v), key)[recipe.part]
 
     def check(self, key: str, piece: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(piece.shape) != shape:

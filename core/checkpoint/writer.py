@@ -50,23 +50,23 @@ class ShardWriter:
         room = len(json.dumps({name: entry})) + 64
         if self.file and (self.offset + size > self.shard_bytes or self.header_size + room > HEADER_ROOM - 64):
             self.close_shard()
-        if not self.file:
-            self.open_shard()
+        file = self.file or self.open_shard()
         entry["data_offsets"] = [self.offset, self.offset + size]
         self.header[name] = entry
         self.header_size += room
         if size:
-            self.file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         self.offset += size
         self.total += size
 
     def path(self, number: int) -> Path:
         return self.folder / f"shard-{number}.part"
 
-    def open_shard(self) -> None:
+    def open_shard(self) -> BinaryIO:
         self.file = self.path(len(self.shards)).open("wb")
         self.file.seek(HEADER_ROOM)
         self.header, self.header_size, self.offset = {"__metadata__": {"format": "pt"}}, 64, 0
+        return self.file
 
     def close_shard(self) -> None:
         if not self.file:

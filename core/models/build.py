@@ -32,7 +32,7 @@ def read_config(folder: Path | str) -> PreTrainedConfig:
 
 
 def config_from(raw: Mapping[str, Any]) -> PreTrainedConfig:
-    kind = raw.get("model_type")
+    kind = str(raw.get("model_type"))
     raw = {k: v for k, v in raw.items() if k not in ("model_type", "auto_map", "quantization_config")}
     if kind == "mimo_v2_flash" and not raw.keys() & {"sliding_window", "sliding_window_size"}:
         raw["sliding_window"] = 129  # transformers leaves its default out of the files it writes
@@ -45,11 +45,11 @@ def config_from(raw: Mapping[str, Any]) -> PreTrainedConfig:
     return CONFIG_MAPPING[kind].from_dict(raw)
 
 
-def build_meta(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+def build_meta(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The model with shapes and dtypes but no storage."""
     with torch.device("meta"):
         if isinstance(config, MiMoV2Config):
-            return MiMoV2ForCausalLM(config).to(dtype)
+            return nn.Module.to(MiMoV2ForCausalLM(config), dtype)
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 

@@ -147,18 +147,18 @@ def place(model: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(model.get_submodule(parent), leaf, tensor)
 
 
-def restore_buffers(model: nn.Module, device: torch.device) -> None:
+def restore_buffers(model: Any, device: torch.device) -> None:
     """Compute buffers that no checkpoint holds (rotary frequencies) with the model's own initialiser, in FP32."""
     for module in model.modules():
-        missing = [n for n, b in module._buffers.items() if b is not None and b.is_meta]
+        missing = {n: b for n, b in module._buffers.items() if b is not None and b.is_meta}
         if not missing:
             continue
-        for name in missing:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        for name, buffer in missing.items():
+            module._buffers[name] = torch.empty_like(buffer, device=device)
         model._init_weights(module)
 
 
-def choose(model: nn.Module, attention: str, experts: str) -> None:
+def choose(model: Any, attention: str, experts: str) -> None:
     """Attention and experts implementation by name."""
     if attention not in ATTENTION:
         raise ConfigError(f"model.attention={attention}: expected one of {', '.join(ATTENTION)}")

@@ -197,15 +197,15 @@ class MiMoV2PreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, Router):
             nn.init.normal_(module.weight, std=std)
             nn.init.zeros_(module.e_score_correction_bias)
         elif isinstance(module, Experts):
-            nn.init.normal_(module.gate_up_proj, std=std)
-            nn.init.normal_(module.down_proj, std=std)
+            for weight in module.parameters(recurse=False):
+                nn.init.normal_(weight, std=std)
         elif isinstance(module, Attention) and module.sinks is not None:
             nn.init.normal_(module.sinks, std=std)
         elif isinstance(module, RMSNorm):

@@ -52,7 +52,8 @@ ONLY_VALUE = {
 
 @strict
 class MiMoV2Config(PreTrainedConfig):
-    """Geometry of one MiMo-V2 model; None means "not given" for fields that have a second spelling.
+    """Geometry of one MiMo-V2 model; None means "not given" for fields that have a second spelling
+    (typed Any: after construction they hold the type beside them).
 
     swa_num_key_value_heads: KV heads of window layers; not given = twice the full layers' (V2-Flash). Pro has 8 and 8.
     sliding_window: visible keys of a window layer, the query's own included.
@@ -70,22 +71,22 @@ class MiMoV2Config(PreTrainedConfig):
     num_hidden_layers: int = 48
     num_attention_heads: int = 64
     num_key_value_heads: int = 4
-    swa_num_key_value_heads: int | None = None
+    swa_num_key_value_heads: Any = None  # int
     head_dim: int = 192
     v_head_dim: int = 128
     hidden_act: str = "silu"
     max_position_embeddings: int = 131072
     initializer_range: float = 0.02
-    rms_norm_eps: float | None = None
+    rms_norm_eps: Any = None  # float
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    rope_parameters: dict | None = None
+    rope_parameters: Any = None  # dict by layer type
     attention_bias: bool = False
     attention_dropout: float | int = 0.0
     moe_intermediate_size: int = 2048
     num_experts_per_tok: int = 8
     n_routed_experts: int = 256
-    routed_scaling_factor: float | int | None = None
+    routed_scaling_factor: Any = None  # float
     n_group: int = 1
     topk_group: int = 1
     norm_topk_prob: bool = True
@@ -93,8 +94,8 @@ class MiMoV2Config(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
     sliding_window: int | None = None
-    layer_types: list[str] | None = None
-    mlp_layer_types: list[str] | None = None
+    layer_types: Any = None  # list[str]
+    mlp_layer_types: Any = None  # list[str]
     attention_value_scale: float | int | None = 0.707
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -14,7 +14,7 @@ Legend: S = tokens x k pairs, k experts a token.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _grouped_linear, grouped_mm_experts_forward
 
 NAME = "fp4flash"
@@ -42,7 +42,7 @@ class Dispatch(torch.autograd.Function):
         return grad, None, None, None
 
 
-def experts_forward(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The signature of transformers' registry: [tokens, hidden], [tokens, k], [tokens, k] -> [tokens, hidden]."""
     if module.has_bias or module.has_post_expert_norm or module._is_expert_parallel:
         return grouped_mm_experts_forward(module, hidden_states, top_k_index, top_k_weights)

@@ -26,16 +26,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 FLEX_BLOCK = 128
 SDPA_CHUNK = 256  # queries in one call of torch's fused attention, at least
 Mask = Any  # a Tensor, chunks of one, or a BlockMask: whatever the attention beside it reads
-
-if hasattr(torch.nn.attention.flex_attention, "AuxRequest"):
-    _LSE = {"return_aux": torch.nn.attention.flex_attention.AuxRequest(lse=True)}
-else:  # torch before 2.9
-    _LSE = {"return_lse": True}
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -168,8 +163,10 @@ def flex_mask(documents_BT: Tensor, window: int | None, dtype: torch.dtype) -> B
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # noqa: ARG001
         return (q >= k) & (documents_BT[b, q] == documents_BT[b, k])
 
+    width = tokens if window is None else window
+
     def sees_near(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # noqa: ARG001
-        return (q >= k) & (q - k < window) & (documents_BT[b, q] == documents_BT[b, k])
+        return (q >= k) & (q - k < width) & (documents_BT[b, q] == documents_BT[b, k])
 
     complete_Q = begin_Q + FLEX_BLOCK <= tokens  # a block cut off by the row's end is masked pair by pair
     whole = whole & complete_Q[:, None] & complete_Q[None, :]
@@ -200,12 +197,12 @@ def flex_sink_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: BlockMask, sinks: Tensor | None
 ) -> Tensor:
     """As `eager_attention`, block-sparse. Head dims: any from 16 up; value dim may differ."""
-    function = flex_attention if torch.compiler.is_compiling() else compiled_flex()
+    function: Any = flex_attention if torch.compiler.is_compiling() else compiled_flex()
     grouped = q.shape[1] != k.shape[1]
     if sinks is None:
         return function(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-    out, aux = function(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, **_LSE)
-    lse = aux if isinstance(aux, Tensor) else aux.lse
+    out, aux = function(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, return_aux=AuxRequest(lse=True))
+    lse = aux.lse
     keep = torch.sigmoid(lse - sinks.to(torch.float32).view(1, -1, 1))
     return (out * keep.unsqueeze(-1)).to(out.dtype)
 

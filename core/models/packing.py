@@ -8,14 +8,13 @@ forward pre-hook on the decoder supplies them.
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 NEED_MASKS = ("gpt_oss",)  # model types whose decoder leaves position_ids out of its masks
 MAKERS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 
 
-def separate_documents(model: nn.Module) -> None:
+def separate_documents(model: Any) -> None:
     """Make packed rows right on `model` if its type needs it; generation with a cache stays as it was."""
     if getattr(model.config, "model_type", None) in NEED_MASKS:
         model.get_decoder().register_forward_pre_hook(add_masks, with_kwargs=True)
