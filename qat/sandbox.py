@@ -61,8 +61,8 @@ def run_program(source: str, limits: Limits | None = None) -> Outcome:
         answer, late = wait(process, limits.seconds)
     if process.returncode == UNAVAILABLE:
         raise UnsupportedError(
-            "this system cannot isolate programs (Linux with seccomp on x86-64 or ARM64 is needed), so code that a model "
-            "wrote is not run; leave `code` out of eval.tasks"
+            "this system cannot isolate programs (Linux with seccomp on x86-64 or ARM64 is needed), so code that "
+            "a model wrote is not run; leave `code` out of eval.tasks"
         )
     if answer == nonce:
         return Outcome(True, "passed")

@@ -104,7 +104,7 @@ def test_sandbox_runs_what_tests_need() -> None:
     assert run_program("def broken(").reason == "SyntaxError"
 
 
-def call(name: str, **arguments: object) -> str:
+def call(name: str, /, **arguments: object) -> str:
     return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
 
 
@@ -139,7 +139,7 @@ def test_wilson() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<eos>", "<unk>", *["what", "is", "one", "two", "and", "?"], "user", "assistant", "####", *"123"]
+    words = ["<pad>", "<eos>", "<unk>", *["what", "is", "one", "two", "and", "?"], "user", "assistant", "<t>", *"123"]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     found = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
@@ -181,7 +181,7 @@ def test_score_tasks(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
 def test_bad_tasks(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"eval\.tasks has 'chess'"):
         score_tasks(model, tokenizer, EvalConfig(tasks=["chess"]), tmp_path)
-    write(tmp_path / "eval/agent.jsonl.gz", [{"id": "x"}])
+    write(tmp_path / "eval/agent.jsonl.gz", [{"id": "x", "text": "y"}])
     with pytest.raises(DataError, match="no record with `gold_calls`"):
         task_records("tools", tmp_path, 5)
     with pytest.raises(DataError):
