@@ -73,7 +73,8 @@ class LossConfig:
     ce: float = 0.0  # weight of the cross-entropy on data tokens
     teacher: Teacher = Teacher.base
     teacher_path: str | None = None
-    topk_path: str | None = None
+    topk_path: str | None = None  # folder written by python -m qat.topk
+    topk: int = 64  # classes it keeps for each token
     chunk_tokens: int = 2048  # tokens whose logits exist at one time
     router_aux: bool = True  # add the auxiliary loss if the model defines one and its config turns it on
 
@@ -98,6 +99,7 @@ class LayerwiseConfig:
 
 @dataclass
 class EvalConfig:
+    compare: bool = True  # BF16 / PTQ / QAT at the end; holds two whole models, so turn it off where that does not fit
     tasks: list[str] = field(default_factory=list)  # gsm8k | code | tools
     task_limit: int = 50
     max_new_tokens: int = 256

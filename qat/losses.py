@@ -13,7 +13,10 @@ the hidden states (and of the head where it is trained) is computed in the same 
 
 so that backward only scales what forward stored: one [tokens, hidden] tensor.
 
-Legend: N tokens of a batch, C tokens of a chunk, G hidden size, V vocabulary.
+With precomputed top-k targets (qat/topk.py) the classes outside the top k count as one, with the mass that is left: a
+lower bound of KL (log-sum inequality), whose gradient is q (1 - p_rest / q_rest) there and q - p_t in the top k.
+
+Legend: N tokens of a batch, C tokens of a chunk, G hidden size, V vocabulary, K kept classes.
 """
 
 import sys
@@ -22,17 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.errors import UnsupportedError
 from core.train.batch import IGNORE, Batch
 from core.train.engine import LossFn
 from qat.config import LossConfig
-from qat.teacher import Teacher
-
-
-def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """[N, G] last hidden states (after the final norm) of a causal LM, documents kept apart by their positions."""
-    out = model.model(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False)
-    return out.last_hidden_state.flatten(0, 1)
+from qat.teacher import Dense, Targets, Teacher, TopK, last_hidden, whole_head
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -40,37 +36,53 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, soft: Tensor | None, soft_head: Tensor | None,
-        kl: float, ce: float, chunk: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        targets: Targets | None,
+        kl: float,
+        ce: float,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         want_hidden, want_head = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if want_hidden else None
         grad_head = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if want_head else None
         sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
         for at in range(0, hidden.shape[0], chunk):
             part = slice(at, at + chunk)
-            target = None if soft is None or soft_head is None else soft[part] @ soft_head.T
-            logits = hidden[part] @ head.T
-            grad, values = chunk_loss(logits, labels[part], target, kl, ce, want_hidden or want_head)
+            grad, values = chunk_loss(
+                hidden[part] @ head.T, labels[part], chunk_targets(targets, part), kl, ce, want_hidden or want_head
+            )
             sums += values
             if grad is not None and grad_hidden is not None:
                 grad_hidden[part] = grad @ head
             if grad is not None and grad_head is not None:
                 grad_head += (grad.T @ hidden[part]).to(torch.float32)
-        ctx.grads = (grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
+        ctx.grads = (grad_hidden, grad_head)
+        ctx.head_dtype = head.dtype
         parts = tuple(sums.unbind())
         ctx.mark_non_differentiable(*parts)
         return (kl * sums[0] + ce * sums[1], *parts)
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.grads
-        scaled = [None if g is None else g * scale.to(g.dtype) for g in (grad_hidden, grad_head)]
-        return (*scaled, None, None, None, None, None, None)
+        # Scaled in FP32: 1/targets rounded to BF16 would be off by up to 0.4 %, the same way for every gradient.
+        hidden, head = ctx.grads
+        hidden = None if hidden is None else (hidden.to(torch.float32) * scale).to(hidden.dtype)
+        head = None if head is None else (head * scale).to(ctx.head_dtype)
+        return hidden, head, None, None, None, None, None
+
+
+def chunk_targets(targets: Targets | None, part: slice) -> Tensor | TopK | None:
+    """Teacher logits [C, V] or top-k of one chunk."""
+    if isinstance(targets, Dense):
+        return targets.logits(part)
+    return None if targets is None else TopK(targets.log_p[part], targets.ids[part])
 
 
 def chunk_loss(
-    logits: Tensor, labels: Tensor, target: Tensor | None, kl: float, ce: float, want_grad: bool
+    logits: Tensor, labels: Tensor, target: Tensor | TopK | None, kl: float, ce: float, want_grad: bool
 ) -> tuple[Tensor | None, Tensor]:
     """d loss / d logits [C, V] in the logits' dtype (or None), and FP32 sums [kl, ce, correct]."""
     log_q = torch.log_softmax(logits.to(torch.float32), dim=-1)
@@ -80,17 +92,35 @@ def chunk_loss(
     ce_sum = -(log_q.gather(1, safe)[:, 0] * weight).sum()
     correct = ((log_q.argmax(-1) == labels) & carries).sum()
     kl_sum = torch.zeros_like(ce_sum)
-    grad = log_q.exp() * (kl + ce) if want_grad else None
-    if target is not None:
+    grad = log_q.exp().mul_(ce if target is None else kl + ce) if want_grad else None
+    if isinstance(target, TopK):
+        kl_sum = topk_kl(log_q, target, grad, kl, weight)
+    elif target is not None:
         log_p = torch.log_softmax(target.to(torch.float32), dim=-1)
         p = log_p.exp()
-        kl_sum = ((p * (log_p - log_q)).sum(-1) * weight).sum()
+        kl_sum = (p * (log_p - log_q)).sum(-1).mul_(weight).sum()
         if grad is not None:
-            grad -= kl * p
+            grad.sub_(p.mul_(kl))
     if grad is not None:
-        grad.scatter_add_(1, safe, torch.full_like(safe, -ce, dtype=torch.float32))
+        if ce:
+            grad.scatter_add_(1, safe, torch.full_like(safe, -ce, dtype=torch.float32))
         grad = grad.mul_(weight[:, None]).to(logits.dtype)
     return grad, torch.stack((kl_sum, ce_sum, correct.to(torch.float32)))
+
+
+def topk_kl(log_q: Tensor, target: TopK, grad: Tensor | None, kl: float, weight: Tensor) -> Tensor:
+    """Summed KL over the top-k classes and the rest; turns `grad` = (kl + ce) q into the loss's share in place."""
+    tiny = torch.finfo(torch.float32).tiny
+    p_CK, log_q_CK = target.log_p.exp(), log_q.gather(1, target.ids)
+    q_CK = log_q_CK.exp()
+    p_rest, q_rest = ((1 - x.sum(-1)).clamp(min=0) for x in (p_CK, q_CK))
+    rest = torch.where(p_rest > 0, p_rest * (p_rest.clamp(min=tiny).log() - q_rest.clamp(min=1e-7).log()), 0)
+    if grad is not None:
+        # outside the top k: minus kl * q * p_rest / q_rest; inside: minus kl * p
+        share = kl * p_rest / q_rest.clamp(min=1e-7)
+        change = -log_q.exp().mul_(share[:, None])
+        grad.add_(change.scatter_(1, target.ids, -kl * p_CK))
+    return (((p_CK * (target.log_p - log_q_CK)).sum(-1) + rest) * weight).sum()
 
 
 def make_loss(config: LossConfig, teacher: Teacher | None) -> LossFn:
@@ -98,46 +128,27 @@ def make_loss(config: LossConfig, teacher: Teacher | None) -> LossFn:
 
     Args:
         config: weights of KL and cross-entropy, chunk size.
-        teacher: needed when `config.kl` > 0.
+        teacher: needed when `config.kl` > 0. It runs before the student, while no activation is held.
     Returns:
         (model, batch) -> (loss summed over labelled positions, sums: kl, ce, correct, and aux where there is one).
     """
 
     def loss_fn(model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        targets = teacher.targets(batch) if config.kl > 0 and teacher is not None else None
         with RouterLogits(model, config.router_aux) as routers:
-            hidden = hidden_states(model, batch)
-        soft = soft_head = None
-        if config.kl > 0 and teacher is not None:
-            soft, soft_head = teacher.targets(batch)
-        head = whole_head(model)
+            hidden = last_hidden(model, batch)
         loss, kl, ce, correct = ChunkedLoss.apply(
-            hidden, head, batch.labels_BT.flatten(), soft, soft_head, config.kl, config.ce, config.chunk_tokens
+            hidden, whole_head(model), batch.labels_BT.flatten(), targets, config.kl, config.ce, config.chunk_tokens
         )
         stats = {"kl": kl, "ce": ce, "correct": correct}
-        aux = routers.loss(batch)
+        aux = routers.loss()
         if aux is not None:
-            targets = (batch.labels_BT != IGNORE).sum()
-            loss = loss + aux * targets
-            stats["aux"] = (aux * targets).detach()
+            targets_count = (batch.labels_BT != IGNORE).sum()
+            loss = loss + aux * targets_count
+            stats["aux"] = (aux * targets_count).detach()
         return loss, stats
 
     return loss_fn
-
-
-def whole_head(model: nn.Module) -> Tensor:
-    """The output matrix [V, G]; under ZeRO-3 gathered, which needs it to be frozen."""
-    weight = model.get_output_embeddings().weight
-    if not hasattr(weight, "ds_id"):
-        return weight
-    if weight.requires_grad:
-        raise UnsupportedError(
-            "training the output head under parallel=zero3 is not supported (the loss reads it outside its module); "
-            "freeze it with trainable.patterns or use parallel=zero2"
-        )
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([weight]):
-        return weight.detach().clone()
 
 
 class RouterLogits:
@@ -170,7 +181,7 @@ class RouterLogits:
         for handle in self.handles:
             handle.remove()
 
-    def loss(self, batch: Batch) -> Tensor | None:  # noqa: ARG002
+    def loss(self) -> Tensor | None:
         if not self.active:
             return None
         experts = getattr(self.config, "num_experts", None) or self.config.num_local_experts
