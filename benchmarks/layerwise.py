@@ -125,7 +125,7 @@ def run(shape: str, tokens: int, seq_len: int, cfg: LayerwiseConfig, device: tor
     build, _ = SHAPES[shape]
     with torch.device("meta"):
         model = build().to(torch.bfloat16)
-    model.set_experts_implementation("grouped_mm")
+    model.set_experts_implementation("fp4flash")
     source = RandomSource(model.eval(), device, seed=0)
     generator = torch.Generator().manual_seed(0)
     rows = max(cfg.batch_size, tokens // seq_len)

@@ -58,7 +58,7 @@ class Arm:
         torch.manual_seed(0)
         with torch.device(device):
             model = MiMoV2ForCausalLM(MiMoV2Config(**geometry(tiny))).to(torch.bfloat16)
-        model.set_experts_implementation("grouped_mm")
+        model.set_experts_implementation("fp4flash")
         if device == "cuda":
             model.use_fast_attention()
         config = QuantConfig(check_grid_every=1000)

@@ -6,7 +6,7 @@ Model: 77M parameters (hidden 384, 10 layers, 32 experts, top-4), 32 rows of 1,0
 same weights and see the same batches under the same optimiser (FP32 masters, AdamW):
   transformers  MiMoV2FlashForCausalLM as it comes: grouped_mm experts, eager attention, its own loss over full logits
   fp4flash      our class: flex attention with sinks, compiled layers, chunked loss
-  noise         transformers again with batched experts in another summation order: what BF16 alone moves a loss curve
+  noise         transformers again, the batch cut into micro-batches: what summation order alone moves a BF16 loss curve
 Rounds alternate the arms; the ratio is of medians. Needs a GPU; `--tiny` walks the code on a CPU without a claim.
 """
 
@@ -87,7 +87,7 @@ class Arm:
             loss_fn = transformers_loss
         model.load_state_dict(weights)
         model = model.to(device=device, dtype=torch.bfloat16).train()
-        model.set_experts_implementation("batched_mm" if name == "noise" else "grouped_mm")
+        model.set_experts_implementation("fp4flash" if name == "fp4flash" else "grouped_mm")
         if name == "fp4flash" and device == "cuda":
             model.use_fast_attention()
             for layer in model.model.layers:

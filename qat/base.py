@@ -103,7 +103,7 @@ def nano_base(config: QATConfig) -> Path:
 def train_base(config: QATConfig, nano: NanoConfig, tokenizer: object, run: Run) -> None:
     torch.manual_seed(config.train.seed)
     model = MiMoV2ForCausalLM(nano_config(nano, tokenizer.pad_token_id, tokenizer.eos_token_id)).to(torch.bfloat16)
-    model.set_experts_implementation("grouped_mm")
+    model.set_experts_implementation("fp4flash")
     train = replace(
         config.train, steps=nano.steps, batch_size=nano.batch_size, micro_batch_size=0, eval_every=0, save_every=nano.steps // 4
     )

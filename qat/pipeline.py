@@ -44,16 +44,26 @@ def train(config: QATConfig, resolved: str) -> Run:
     run = share(start_run(config.run, "qat", config.model.name, resolved, config.train.seed) if rank == 0 else None, world)
     run = replace(run, rank=rank)
     seed_everything(config, target)
-    loaded = load_model(folder, device=target, attention=config.model.attention, experts=config.model.experts)
-    selection = select(loaded.model, config.quant)
-    say(f"\nCoverage (quant.rule={config.quant.rule.value})\n{selection.table()}\n")
+    model = config.model
     if config.qat is Method.layerwise:
-        from qat.layerwise import layerwise_run
+        from qat.layer_checkpoint import open_layers
+        from qat.layer_run import layerwise_run
 
-        layerwise_run(config, run, loaded, selection)
+        source = open_layers(folder, target, model.attention, model.experts)
+        selection = covered(source.loaded, config, say)
+        layerwise_run(config, run, source, selection)
     else:
+        loaded = load_model(folder, device=target, attention=model.attention, experts=model.experts)
+        selection = covered(loaded, config, say)
         train_steps(config, run, loaded, selection)
     return finish(config, run, folder, selection, target)
+
+
+def covered(loaded: LoadedModel, config: QATConfig, say: Any) -> Selection:
+    """The selection, its coverage table printed."""
+    selection = select(loaded.model, config.quant)
+    say(f"\nCoverage (quant.rule={config.quant.rule.value})\n{selection.table()}\n")
+    return selection
 
 
 def train_steps(config: QATConfig, run: Run, loaded: LoadedModel, selection: Selection) -> None:
@@ -125,7 +135,10 @@ def finish(config: QATConfig, run: Run, base: Path, selection: Selection, target
     if run.rank == 0:
         write_json(run.folder / "selection.json", selection.as_json())
         run.update(base=str(base.resolve()))
-        print(compare(config, run, base, selection, target))
+        if config.eval.compare:
+            print(compare(config, run, base, selection, target))
+        else:
+            print(f"Written: {run.folder} (model/, metrics.jsonl); no comparison, eval.compare=false")
         run.update(state="finished")
     return run
 

@@ -55,13 +55,13 @@ class Selection:
 
     def table(self) -> str:
         """The coverage table, as text."""
-        lines = [f"{'':10}{'tensors':>9}{'parameters':>17}{'bytes in BF16':>17}{'bytes after':>17}"]
+        lines = [f"{'':10}{'tensors':>9}{'parameters':>21}{'bytes in BF16':>21}{'bytes after':>21}"]
         lines += [
-            f"{r.part:10}{r.tensors:>9,}{r.parameters:>17,}{r.bytes_before:>17,}{r.bytes_after:>17,.0f}" for r in self.coverage
+            f"{r.part:10}{r.tensors:>9,}{r.parameters:>21,}{r.bytes_before:>21,}{r.bytes_after:>21,.0f}" for r in self.coverage
         ]
         before, after = sum(r.bytes_before for r in self.coverage), sum(r.bytes_after for r in self.coverage)
-        lines.append(f"{'model':10}{sum(r.tensors for r in self.coverage):>9,}{sum(r.parameters for r in self.coverage):>17,}"
-                     f"{before:>17,}{after:>17,.0f}   {after / before:.1%} of BF16")
+        lines.append(f"{'model':10}{sum(r.tensors for r in self.coverage):>9,}{sum(r.parameters for r in self.coverage):>21,}"
+                     f"{before:>21,}{after:>21,.0f}   {after / before:.1%} of BF16")
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, object]:
