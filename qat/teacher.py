@@ -1,7 +1,7 @@
 """Where the soft targets come from: the model itself before quantisation, in one of four ways.
 
 base     the BF16 weights the run started from. Every tensor that is not trained is shared with the student, so the
-         teacher costs memory only for the trained ones.
+         teacher costs memory only for the trained ones (under ZeRO-3: a whole model, partitioned over the ranks).
 masters  the BF16 cast of the current masters: no second model; the working copies are rewritten for the teacher's
          forward and put back after it. The copy that is kept meanwhile lives only while no activation of the student
          does. Costs two passes over the trained weights a micro-batch.
@@ -74,14 +74,21 @@ def whole_head(model: nn.Module) -> Tensor:
             "training the output head under parallel=zero3 is not supported (the loss reads it outside its module); "
             "freeze it with trainable.patterns or use parallel=zero2"
         )
+    return whole(weight)
+
+
+def whole(parameter: nn.Parameter) -> Tensor:
+    """A ZeRO-3 parameter's values: a copy, or itself where DeepSpeed keeps it gathered for a module that is running."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([weight]):
-        return weight.detach().clone()
+    if parameter.ds_status.name == "AVAILABLE":
+        return parameter.detach()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
 
 
 class ModelTeacher:
-    """A frozen model. Parameters that DeepSpeed ZeRO-3 has partitioned are gathered module by module."""
+    """A frozen model; under ZeRO-3, from its first use on, with partitions of its own."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -96,13 +103,20 @@ class ModelTeacher:
 
 
 def partition(model: nn.Module) -> None:
-    """Partition what the teacher holds alone, and gather each module's parameters around its forward.
+    """Give a frozen model its own ZeRO-3 partitions and gather each module's parameters around its forward.
 
-    Parameters shared with the student were partitioned with it, but the gathering hooks sit on the student's modules.
+    Nothing is shared with the student any more: DeepSpeed's prefetching for the student would move the parameters
+    under the teacher's feet. A rank holds 1/world of the teacher; parameters are taken over one at a time.
     """
     import deepspeed
 
-    deepspeed.zero.Init(module=model)  # leaves alone what is partitioned already
+    taken: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if hasattr(parameter, "ds_id") and id(parameter) not in taken:
+                taken[id(parameter)] = nn.Parameter(whole(parameter).clone(), requires_grad=False)
+            setattr(module, name, taken.get(id(parameter), parameter))
+        deepspeed.zero.Init(module=module)  # leaves alone what is partitioned already
     gathered: dict[nn.Module, Any] = {}
 
     def before(module: nn.Module, _args: Any) -> None:
@@ -132,6 +146,11 @@ class MastersTeacher:
             raise UnsupportedError(
                 "loss.teacher=masters with qat=fake_quant would quantise the teacher too; "
                 "use qat=snap or loss.teacher=base"
+            )
+        if any(hasattr(p, "ds_id") for p in model.parameters()):
+            raise UnsupportedError(
+                "loss.teacher=masters with parallel=zero3 is not supported: DeepSpeed prefetches the student's weights "
+                "while the teacher's stand in their place; use loss.teacher=base, or parallel=zero2"
             )
         names = [n for n, p in model.named_parameters() if p.requires_grad]
         masters = {(s.name, s.start): s.flat for s in engine.master_shards(names)}
