@@ -6,11 +6,10 @@ Loss alone misleads: training on in-domain text lowers it below the BF16 model's
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from core.run import Run, write_json
 from qat.config import EvalConfig
@@ -33,25 +32,27 @@ class Share:
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
-def mean_kl(arm: Arm, pick: dict[str, Tensor] | None = None) -> float:
-    """Mean over domains of KL per token, over all rows or the picked ones."""
-    values = []
-    for domain, rows in arm.items():
-        at = pick[domain] if pick else slice(None)
-        values.append(float(rows.kl[at].sum() / rows.tokens[at].sum()))
-    return sum(values) / len(values)
+def mean_kl(arm: Arm) -> float:
+    """Mean over domains of KL per token."""
+    return sum(float(rows.kl.sum() / rows.tokens.sum()) for rows in arm.values()) / len(arm)
 
 
 def removed(ptq: Arm, arm: Arm, draws: int, seed: int = 0) -> Share:
-    """1 - KL(arm) / KL(PTQ) with a paired bootstrap over rows within domains."""
+    """1 - KL(arm) / KL(PTQ) with a paired bootstrap over rows within domains; NaN where PTQ costs nothing."""
     generator = torch.Generator().manual_seed(seed)
-    sampled = []
-    for _ in range(draws):
-        pick = {d: torch.randint(len(r.tokens), (len(r.tokens),), generator=generator) for d, r in ptq.items()}
-        sampled.append(1 - mean_kl(arm, pick) / mean_kl(ptq, pick))
-    ordered = torch.tensor(sampled or [math.nan], dtype=torch.float64).sort().values
-    low, high = (float(ordered[min(len(ordered) - 1, int(q * len(ordered)))]) for q in (0.025, 0.975))
-    return Share(1 - mean_kl(arm) / mean_kl(ptq), low, high)
+    means = torch.zeros(2, max(draws, 0), dtype=torch.float64)
+    for domain, rows in ptq.items():
+        pick = torch.randint(len(rows.tokens), (max(draws, 0), len(rows.tokens)), generator=generator)
+        tokens = rows.tokens[pick].sum(1)
+        means += torch.stack([one[domain].kl[pick].sum(1) / tokens for one in (ptq, arm)])
+    ratios = (1 - means[1] / means[0]).sort().values
+    low, high = (float(ratios[int(q * (len(ratios) - 1))]) if len(ratios) else math.nan for q in (0.025, 0.975))
+    base = mean_kl(ptq)
+    return Share(1 - mean_kl(arm) / base if base > 0 else math.nan, low, high)
+
+
+def removed_by_domain(ptq: Arm, arm: Arm, draws: int) -> dict[str, Share]:
+    return {d: removed({d: ptq[d]}, {d: arm[d]}, draws) for d in ptq}
 
 
 def summarise(arm: Arm) -> dict[str, dict[str, float]]:
@@ -80,8 +81,13 @@ def recovery_table(arms: dict[str, Arm], shares: dict[str, Share]) -> str:
         lines.append(f"{domain:14}{loss}" + "".join(f"{tables[n][domain]['kl']:>12.5f}" for n in others))
     mean = {n: sum(t[d]["loss"] for d in domains) / len(domains) for n, t in tables.items()}
     kls = {n: mean_kl(arms[n]) for n in others}
-    lines.append(f"{'mean':14}" + "".join(f"{mean[n]:>13.4f}" for n in names) + "".join(f"{kls[n]:>12.5f}" for n in others))
-    lines += [f"\n{name} removes {share} of PTQ's KL to the BF16 model (95 % bootstrap over rows)" for name, share in shares.items()]
+    lines.append(
+        f"{'mean':14}" + "".join(f"{mean[n]:>13.4f}" for n in names) + "".join(f"{kls[n]:>12.5f}" for n in others)
+    )
+    lines += [
+        f"\n{name} removes {share} of PTQ's KL to the BF16 model (95 % bootstrap over rows)"
+        for name, share in shares.items()
+    ]
     return "\n".join(lines)
 
 
@@ -90,14 +96,20 @@ def write_report(
 ) -> str:
     """Write report.json, report.md and the plots; returns what to print."""
     extra = extra or {}
-    shares = {n: removed(arms["PTQ"], a, config.bootstrap) for n, a in arms.items() if "PTQ" in arms and n not in {"BF16", "PTQ"}}
+    shares = {
+        n: removed(arms["PTQ"], a, config.bootstrap)
+        for n, a in arms.items()
+        if "PTQ" in arms and n not in {"BF16", "PTQ"}
+    }
     table = recovery_table(arms, shares)
+    domains = {n: removed_by_domain(arms["PTQ"], arms[n], config.bootstrap) for n in shares}
     metrics = run.metrics()
     rates = {k: next((r[k] for r in reversed(metrics) if k in r), None) for k in ("flip_rate", "oscillation_rate")}
     value = {
         "schema": SCHEMA,
         "arms": {n: summarise(a) for n, a in arms.items()},
-        "kl_removed": {n: {"value": s.value, "low": s.low, "high": s.high} for n, s in shares.items()},
+        "kl_removed": {n: asdict(s) for n, s in shares.items()},
+        "kl_removed_by_domain": {n: {d: asdict(s) for d, s in found.items()} for n, found in domains.items()},
         "selection": selection.as_json()["coverage"],
         "last_step": rates,
         **extra,
@@ -108,20 +120,30 @@ def write_report(
     (run.folder / "report.md").write_text(f"# {run.folder.name}\n\n```\n{text}\n\n{selection.table()}\n```\n")
     plot_curves(metrics, run.folder / "curves.png")
     if shares:
-        plot_recovery(value["arms"], run.folder / "recovery.png")
-    return f"\n{text}\n\nWritten: {run.folder} (model/, report.md, report.json, curves.png, recovery.png, metrics.jsonl)"
+        plot_recovery(value["arms"], value["kl_removed_by_domain"], run.folder / "recovery.png")
+    return (
+        f"\n{text}\n\nWritten: {run.folder} (model/, report.md, report.json, curves.png, recovery.png, metrics.jsonl)"
+    )
 
 
 def quant_notes(rates: dict[str, Any], extra: dict[str, Any]) -> str:
     """Flip, oscillation and clip rates, and the starved experts by name."""
     lines = []
     quant = extra.get("quant", {})
-    parts = [f"{k.replace('_', ' ')} {v:.3%}" for k, v in {**rates, "clip_rate": quant.get("clip_rate")}.items() if v is not None]
+    parts = [
+        f"{k.replace('_', ' ')} {v:.3%}"
+        for k, v in {**rates, "clip_rate": quant.get("clip_rate")}.items()
+        if v is not None
+    ]
     if parts:
         lines.append("Codes at the last step: " + ", ".join(parts))
     starved = quant.get("starved")
     if starved is not None:
-        lines.append(f"Starved experts (under 1 % of uniform routing): {len(starved) or 'none'}" + "".join(f"\n  {s}" for s in starved[:8]))
+        lines.append(
+            f"Starved experts (under 1 % of uniform routing): {len(starved) or 'none'}"
+            + "".join(f"\n  {s}" for s in starved[:8])
+        )
     for task in extra.get("tasks", []):
-        lines.append(f"{task['arm']} {task['task']}: {task['accuracy']:.1%} [{task['low']:.1%}, {task['high']:.1%}] of {task['count']}")
+        interval = f"[{task['low']:.1%}, {task['high']:.1%}]"
+        lines.append(f"{task['arm']} {task['task']}: {task['accuracy']:.1%} {interval} of {task['count']}")
     return "\n".join(lines)
