@@ -7,10 +7,13 @@ How DeepSpeed holds a parameter, which is what the shards below are:
     ZeRO-3   every parameter is flattened, padded to a multiple of `world` and cut evenly, working copy and master
              alike: rank r holds [r * part, (r + 1) * part)
 
-Two settings are not DeepSpeed's own. It keeps parameters below `stage3_param_persistence_threshold` (100,000 values)
-whole on every rank and gathers those again inside step(), before the snap: the next forward would run on unsnapped
-weights. The threshold is 0 here, so that a forward always gathers what the shards hold. And expert modules are
-leaves, gathered as one whatever the router decides.
+DeepSpeed's own default keeps parameters below `stage3_param_persistence_threshold` (100,000 values) whole on every rank
+and gathers those again inside step(), before the snap: the next forward would run on unsnapped weights. The threshold
+is 0 here, so that a forward always gathers what the shards hold.
+
+Experts are one fused parameter in one module, so every rank gathers the same modules in the same order whatever its
+router decides; DeepSpeed's leaf modules, made for experts that are modules of their own, are not needed (and its
+backward fails on a leaf that holds parameters itself, 0.19.8).
 
 CPU offload is tested; NVMe offload is passed on to DeepSpeed and untested.
 """
@@ -26,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import CheckpointError, ConfigError
-from core.models.experts import find_experts
 from core.train.batch import Batch
 from core.train.config import Offload, OptimConfig, ParallelConfig, ParallelMode
 from core.train.engine import LossFn, Shard
@@ -122,11 +124,6 @@ class ZeroEngine:
         self.shapes = {n: p.shape for n, p in self.parameters.items()}
         config = zero_config(optim, parallel, micro_batches)
         config["zero_optimization"] |= overrides or {}
-        if self.stage3:
-            names = {e.module_name for e in find_experts(self.model)}
-            leaves = {type(m) for n, m in self.model.named_modules() if n in names}
-            if leaves:
-                deepspeed.utils.set_z3_leaf_modules(self.model, list(leaves))
         fused = parallel.offload_optimizer is not Offload.nvme
         self.engine, *_ = deepspeed.initialize(
             model=StepModule(self.model, loss_fn),
