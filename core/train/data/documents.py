@@ -1,37 +1,29 @@
 """Records as they lie on disk, one source at a time: the standard library, JSON lines, or a hub dataset.
 
-A record is {"text": ...} or {"messages": [...], "tools": [...]}; `path` and `line` of a bad one are in the error.
+A record is {"text": ...} or {"messages": [...], "tools": [...]}, with `prompt_only: true` where no reply is given.
+A bad one ends the run in one line that names its file and line.
 """
 
-import ast
 import gzip
-import hashlib
 import json
 import os
-import sysconfig
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from core.errors import ConfigError, DataError
 from core.train.config import DataConfig, DataSource, Source
+from core.train.data.embedded import stdlib_records
 
-SKIPPED_PARTS = {"test", "tests", "site-packages", "dist-packages", "idlelib", "ensurepip", "lib2to3", "__pycache__", "pydoc_data"}
-HELD_OUT_SHARE = 10  # one file in ten
 ENVIRONMENT = "FP4FLASH_DATA"
+STREAM_ABOVE = 256 * 2**20  # bytes on disk; a larger JSON-lines source is read as it is needed
 Record = dict[str, Any]
 
 
 def domain_of(source: Source) -> str:
     """The name of a source in reports."""
     return source.domain or Path(source.path).name.split(".")[0]
-
-
-def embedded_sources(validation: bool) -> list[Source]:
-    """The mixture of `data=embedded`: library code to train on; held-out code, docstrings and comments to evaluate on."""
-    if validation:
-        return [Source(path=f"stdlib:{part}", domain=part) for part in ("code", "docstrings", "comments")]
-    return [Source(path="stdlib:code", domain="code")]
 
 
 def read_records(config: DataConfig, source: Source, validation: bool) -> Iterator[Record]:
@@ -44,45 +36,11 @@ def read_records(config: DataConfig, source: Source, validation: bool) -> Iterat
         yield from stdlib_records(source.path.split(":")[1], validation, config.max_bytes)
     elif config.source is DataSource.jsonl:
         for file in jsonl_files(config, source):
-            yield from jsonl_records(file)
+            yield from jsonl_records(file, source.text_field)
     else:
+        from core.train.data.hub import hub_records
+
         yield from hub_records(source)
-
-
-def stdlib_files(validation: bool) -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    files = [p for p in sorted(root.rglob("*.py")) if not SKIPPED_PARTS & set(p.relative_to(root).parts[:-1])]
-
-    def held_out(path: Path) -> bool:
-        return hashlib.sha256(str(path.relative_to(root)).encode()).digest()[0] % HELD_OUT_SHARE == 0
-
-    return [p for p in files if held_out(p) == validation]
-
-
-def stdlib_records(part: str, validation: bool, max_bytes: int) -> Iterator[Record]:
-    """Held-out or training files as `code`, or what is in them as prose: `docstrings`, `comments`."""
-    files = sorted(stdlib_files(validation), key=lambda p: hashlib.sha256(p.name.encode()).digest())
-    taken = 0
-    for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue  # a few library files are in other encodings on purpose
-        if part == "docstrings":
-            text = "\n\n".join(docstrings(text))
-        elif part == "comments":
-            text = "\n".join(line.strip().lstrip("# ") for line in text.splitlines() if line.strip().startswith("#"))
-        if text.strip():
-            taken += len(text)
-            yield {"text": text}
-        if max_bytes and taken >= max_bytes:
-            return
-
-
-def docstrings(code: str) -> list[str]:
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(ast.parse(code)) if isinstance(node, kinds))
-    return [text for text in found if text]
 
 
 def data_root(config: DataConfig) -> Path:
@@ -102,40 +60,64 @@ def jsonl_files(config: DataConfig, source: Source) -> list[Path]:
     return files
 
 
-def jsonl_records(path: Path) -> Iterator[Record]:
+def jsonl_records(path: Path, text_field: str = "text") -> Iterator[Record]:
+    """The records of one file, plain or .gz."""
+    for _, record in numbered_records(path, text_field):
+        yield record
+
+
+def numbered_records(path: Path, text_field: str, after: int = 0) -> Iterator[tuple[int, Record]]:
+    """(line number, record), from the line behind `after` on; the lines before it are not parsed."""
     opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
+    number, found = 0, after > 0
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield parse(path, number, line)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+                if number > after and line.strip():
+                    found = True
+                    yield number, parse(path, number, line, text_field)
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path} cannot be read after line {number} ({error}); fetch or write it again") from error
+    if not found:
+        raise DataError(f"{path} is empty; fetch it again or take it out of the mixture")
 
 
-def parse(path: Path, number: int, line: str) -> Record:
+def parse(path: Path, number: int, line: str, text_field: str) -> Record:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise DataError(f"{path} line {number} is not JSON ({error}); repair or drop the line") from error
-    if not isinstance(record, dict) or not ({"messages", "text"} & set(record) or "prompt_only" in record):
-        raise DataError(f"{path} line {number} has neither `messages` nor `text`; see --help for the record format")
+    if isinstance(record, dict) and "messages" not in record and text_field in record:
+        record["text"] = record[text_field]
+    wrong = problem(record, text_field)
+    if wrong:
+        raise DataError(f"{path} line {number} {wrong}; repair or drop the line")
     return record
 
 
-def hub_records(source: Source) -> Iterator[Record]:
-    """A hub dataset or a local folder of parquet or JSON, streamed."""
-    import datasets
+def problem(record: Any, text_field: str = "text") -> str | None:
+    """What is wrong with a record, as the end of a sentence; None when it can be used."""
+    if not isinstance(record, dict):
+        return f"is a {type(record).__name__}, not an object with `messages` or `{text_field}`"
+    if "messages" not in record:
+        if "text" in record and not isinstance(record["text"], str):
+            return f"has `{text_field}` of type {type(record['text']).__name__}, not a string"
+        return None if "text" in record or record.get("prompt_only") else f"has neither `messages` nor `{text_field}`"
+    messages, tools = record["messages"], record.get("tools")
+    if not isinstance(messages, list) or not messages:
+        return "has `messages` that are not a list of at least one message"
+    if tools is not None and not isinstance(tools, list):
+        return f"has `tools` of type {type(tools).__name__}, not a list"
+    return next((wrong for n, m in enumerate(messages) if (wrong := message_problem(n, m))), None)
 
-    try:
-        stream = datasets.load_dataset(source.path, name=source.subset, split=source.split, streaming=True)
-        for row in stream:
-            yield {"messages": row["messages"]} if "messages" in row else {"text": row[source.text_field]}
-    except KeyError as error:
-        raise DataError(f"data source {source.path} has no field {error}; set its text_field") from error
-    except Exception as error:  # noqa: BLE001  (the hub client raises a dozen unrelated types)
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(
-            f"data source {source.path} could not be read ({type(error).__name__}: {detail}); run the command again, it continues"
-        ) from error
+
+def message_problem(number: int, message: Any) -> str | None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return f"has messages[{number}] without a `role`"
+    content, calls = message.get("content"), message.get("tool_calls")
+    parts = content if isinstance(content, list) else []
+    if not (content is None or isinstance(content, str | list)) or not all(isinstance(p, dict) for p in parts):
+        return f"has messages[{number}].content of type {type(content).__name__}, not a string"
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(c, dict) for c in calls)):
+        return f"has messages[{number}].tool_calls that are not a list of objects"
+    return None

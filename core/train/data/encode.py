@@ -1,16 +1,21 @@
 """From records to token ids with a mask of the tokens that carry loss."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from core.errors import ConfigError, DataError
+from core.errors import ConfigError
 from core.train.config import DataConfig
+from core.train.data.chat import assistant_tokens, normal, render, with_tools
 from core.train.data.documents import Record
 
+__all__ = ["Document", "Tally", "cut", "encode_all", "normal", "with_tools"]
+
 BATCH = 256
+CHARACTERS_PER_TOKEN = 4  # about; decides where long texts are cut
+SHORTEST_CUT = 2000  # characters
 
 
 @dataclass(frozen=True)
@@ -21,83 +26,94 @@ class Document:
     carries: np.ndarray
 
 
-def encode_all(records: Iterable[Record], tokenizer: Any, config: DataConfig) -> list[Document]:
-    """Every usable record as a document ending in EOS; records without a reply (`prompt_only`) are left out."""
+@dataclass
+class Tally:
+    """Records left out: without any reply (`prompt_only`), or without an assistant turn where only those carry loss."""
+
+    prompt_only: int = 0
+    silent: int = 0
+
+    def line(self) -> str | None:
+        """One line for the user; None when nothing was left out."""
+        parts = [f"{self.prompt_only:,} without a reply (prompt_only)"] if self.prompt_only else []
+        parts += [f"{self.silent:,} without an assistant turn"] if self.silent else []
+        return f"data: left out {' and '.join(parts)}" if parts else None
+
+
+def encode_all(
+    records: Iterable[Record], tokenizer: Any, config: DataConfig, tally: Tally | None = None
+) -> list[Document]:
+    """Every usable record as documents, in order.
+
+    A text ends in EOS and is cut into documents of about a row at blank lines: books and whole source files would
+    fill batch after batch otherwise. A conversation stays one document, ending in EOS unless its template wrote it.
+    """
     if config.loss_on not in {"all", "assistant"}:
         raise ConfigError(f"data.loss_on={config.loss_on}: expected all or assistant")
+    tally = tally or Tally()
+    longest = max(SHORTEST_CUT, CHARACTERS_PER_TOKEN * config.seq_len)
     found: list[Document] = []
-    texts: list[str] = []
+    waiting: list[tuple[str, bool]] = []  # (text, whether EOS follows)
     for record in records:
         if record.get("prompt_only"):
-            continue
-        if "messages" in record and config.loss_on == "assistant":
-            found.append(assistant_only(record, tokenizer))
-            continue
-        texts.append(chat_text(record, tokenizer) if "messages" in record else record["text"])
-    for at in range(0, len(texts), BATCH):
-        for ids in tokenizer(texts[at : at + BATCH], add_special_tokens=False)["input_ids"]:
-            if ids:
-                found.append(whole(ids, tokenizer))
-    return found
+            tally.prompt_only += 1
+        elif "messages" not in record:
+            pieces = cut(record["text"], longest)
+            waiting += [(piece, piece is pieces[-1]) for piece in pieces]
+        elif config.loss_on == "assistant":
+            found += flush(waiting, tokenizer)
+            found += masked(record, tokenizer, tally)
+        else:
+            text = render(record, tokenizer).text
+            waiting.append((text, not closed(text, tokenizer)))
+        if len(waiting) >= BATCH:
+            found += flush(waiting, tokenizer)
+    return found + list(flush(waiting, tokenizer))
 
 
-def whole(ids: list[int], tokenizer: Any) -> Document:
-    if tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
-        ids = [*ids, tokenizer.eos_token_id]
-    return Document(np.array(ids, dtype=np.int32), np.ones(len(ids), dtype=bool))
+def cut(text: str, longest: int) -> list[str]:
+    """Pieces of at most `longest` characters that join to `text`; cut at blank lines, else where a line ends."""
+    pieces, at = [], 0
+    while len(text) - at > longest:
+        window = text[at : at + longest]
+        stop = longest
+        for mark in ("\n\n", "\n", " "):
+            place = window.rfind(mark, longest // 2)
+            if place >= 0:
+                stop = place + len(mark)
+                break
+        pieces.append(window[:stop])
+        at += stop
+    return [*pieces, text[at:]]
 
 
-def with_tools(record: Record, tokenizer: Any) -> tuple[list[dict[str, Any]], list[Any] | None]:
-    """Messages and tools for the template; a template that knows no tools drops them, so they go to the system message."""
-    messages, tools = record["messages"], record.get("tools")
-    if not tools or "tools" in str(tokenizer.chat_template):
-        return messages, tools or None
-    import json
-
-    listing = "You may call these functions:\n" + "\n".join(json.dumps(t, sort_keys=True) for t in tools)
-    if messages and messages[0]["role"] == "system":
-        first = messages[0] | {"content": f"{messages[0]['content']}\n\n{listing}"}
-        return [first, *messages[1:]], None
-    return [{"role": "system", "content": listing}, *messages], None
+def closed(text: str, tokenizer: Any) -> bool:
+    return tokenizer.eos_token is not None and text.rstrip().endswith(tokenizer.eos_token)
 
 
-def chat_text(record: Record, tokenizer: Any, upto: int | None = None) -> str:
-    if not tokenizer.chat_template:
-        raise DataError("a record has `messages`, but the tokenizer has no chat template; use `text` records or another model")
-    messages, tools = with_tools(record, tokenizer)
-    return tokenizer.apply_chat_template(normal(messages)[:upto], tools=tools, tokenize=False)
+def flush(waiting: list[tuple[str, bool]], tokenizer: Any) -> Iterator[Document]:
+    """Tokenise what waits, in one call, and empty the list."""
+    if not waiting:
+        return
+    rows = tokenizer([text for text, _ in waiting], add_special_tokens=False, verbose=False)["input_ids"]
+    ends = [end for _, end in waiting]
+    waiting.clear()
+    for ids, end in zip(rows, ends, strict=True):
+        if ids:
+            yield document(ids, [True] * len(ids), tokenizer, end)
 
 
-def normal(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A missing or null content becomes an empty string; tool calls are written out for templates without them."""
-    import json
-
-    fixed = []
-    for message in messages:
-        content = message.get("content") or ""
-        if message.get("tool_calls"):
-            calls = "\n".join(f"<tool_call>{json.dumps(c.get('function', c))}</tool_call>" for c in message["tool_calls"])
-            content = f"{content}\n{calls}".strip()
-        fixed.append({"role": message["role"], "content": content})
-    return fixed
+def masked(record: Record, tokenizer: Any, tally: Tally) -> Iterator[Document]:
+    """The conversation with loss on its assistant turns; nothing where it has none."""
+    chat = render(record, tokenizer)
+    ids, carries = assistant_tokens(chat, tokenizer)
+    if any(carries):
+        yield document(ids, carries, tokenizer, not closed(chat.text, tokenizer), eos_carries=False)
+    else:
+        tally.silent += 1
 
 
-def assistant_only(record: Record, tokenizer: Any) -> Document:
-    """Loss on assistant turns only, found by templating ever longer prefixes of the conversation."""
-    messages, _ = with_tools(record, tokenizer)
-    shift = len(messages) - len(record["messages"])
-    pieces: list[tuple[str, bool]] = []
-    before = ""
-    for count in range(1, len(messages) + 1):
-        text = chat_text(record, tokenizer, upto=count) if count > shift else ""
-        if not text.startswith(before):
-            raise DataError("data.loss_on=assistant needs a chat template whose output grows with each message; use loss_on=all")
-        pieces.append((text[len(before) :], messages[count - 1]["role"] == "assistant"))
-        before = text or before
-    ids: list[int] = []
-    carries: list[bool] = []
-    for text, loss in pieces:
-        part = tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        ids += part
-        carries += [loss] * len(part)
+def document(ids: list[int], carries: list[bool], tokenizer: Any, end: bool, eos_carries: bool = True) -> Document:
+    if end and tokenizer.eos_token_id is not None and ids[-1] != tokenizer.eos_token_id:
+        ids, carries = [*ids, tokenizer.eos_token_id], [*carries, eos_carries]
     return Document(np.array(ids, dtype=np.int32), np.array(carries, dtype=bool))
