@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from core.config import Command, entry
 from core.train.batch import IGNORE, Batch
 from qat.config import QATConfig
+from qat.teacher import whole_head
 
 CHUNK = 1024
 HELP = """Evaluate a finished run again: held-out loss and KL for BF16, PTQ and QAT, and the tasks of eval.tasks.
@@ -67,7 +68,7 @@ def states(model: nn.Module, batch: Batch) -> Tensor:
 def row_sums(model: nn.Module, reference: nn.Module, batch: Batch) -> Rows:
     """Chunked over tokens: the logits of two models never exist whole."""
     own, other = states(model, batch), states(reference, batch) if reference is not model else None
-    head, other_head = model.get_output_embeddings().weight, reference.get_output_embeddings().weight
+    head, other_head = whole_head(model), whole_head(reference)
     rows, tokens = batch.labels_BT.shape
     sums = torch.zeros(4, rows, dtype=torch.float64, device=own.device)
     for at in range(0, tokens, max(1, CHUNK // rows)):

@@ -91,8 +91,10 @@ def train_steps(config: QATConfig, run: Run, loaded: LoadedModel, selection: Sel
     Loop(engine, stream, train_config, config.optim, run, hook, evaluator, tracker, title="QAT").run()
     tracker.close()
     save_model(engine.full_tensors(), loaded, run.model, rank=engine.rank)
-    if engine.rank == 0 and isinstance(hook, Quantiser):
-        write_json(run.folder / "quant.json", hook.summary())
+    if isinstance(hook, Quantiser):
+        summary = hook.summary()
+        if engine.rank == 0:
+            write_json(run.folder / "quant.json", summary)
     engine.close()
 
 

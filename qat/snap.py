@@ -5,6 +5,7 @@ forward, the backward, accumulation and checkpointing then run unchanged on the 
 straight through to the master (straight-through estimator). What was trained is what ships.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from core.errors import FormatError
 from core.mxfp4 import BLOCK, on_grid
 from core.train.engine import Engine, Shard
+from core.train.local import gather_objects
 from kernels.mxfp4_snap import new_flag, raise_if_flagged, snap_
 from qat.config import Method, QuantConfig
 from qat.metrics import CodeTracker, ExpertCounter, clip_rate
@@ -71,7 +73,12 @@ class Quantiser:
         return self.tracker.metrics()
 
     def summary(self) -> dict[str, Any]:
-        """What the report says of codes and experts: clip rate of the masters, tokens per expert, starved experts."""
+        """What the report says of codes and experts: clip rate of the masters, tokens per expert, starved experts.
+
+        Collective. Under ZeRO-3 the clip rate is that of this rank's part.
+        """
+        counter = copy.copy(self.counter)
+        counter.counts = self.counts_of_all_ranks()
         names = [n for n, p in self.engine.model.named_parameters() if p.requires_grad and n in self.tensors]
         rates = [
             clip_rate(s.flat, self.config.rule)
@@ -80,16 +87,25 @@ class Quantiser:
         ]
         return {
             "clip_rate": sum(rates) / len(rates) if rates else None,
-            "tokens_per_expert": self.counter.table(),
-            "starved": self.counter.starved(),
+            "tokens_per_expert": counter.table(),
+            "starved": counter.starved(),
         }
 
+    def counts_of_all_ranks(self) -> dict[str, Tensor]:
+        """Tokens per expert over all ranks. Collective."""
+        total: dict[str, Tensor] = {}
+        for counts in gather_objects(self.counter.state_dict(), self.engine.world):
+            for name, count in counts.items():
+                total[name] = total[name] + count if name in total else count
+        return total
+
     def state_dict(self) -> dict[str, Any]:
-        return {"tracker": self.tracker.state_dict(), "counter": self.counter.state_dict()}
+        """Collective; rank 0 writes it."""
+        return {"tracker": self.tracker.state_dict(), "counter": self.counts_of_all_ranks()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tracker.load_state_dict(state["tracker"])
-        self.counter.load_state_dict(state["counter"])
+        self.counter.load_state_dict(state["counter"] if self.engine.rank == 0 else {})
 
 
 def snap_transposed_(weight: Tensor, dim: int, snap_last_: Callable[[Tensor], Tensor]) -> None:

@@ -46,7 +46,9 @@ class Hook(Protocol):
 
     def metrics(self, step: int) -> dict[str, Any]: ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Called on every rank; rank 0's is written and is loaded on every rank."""
+        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -165,8 +167,9 @@ class Loop:
             torch.save(random_state(), partial / f"random-{self.engine.rank}.pt")
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"cannot write {partial}: {error}; free space; the previous checkpoint is kept") from error
+        hook_state = self.hook.state_dict()
         if self.engine.rank == 0:
-            torch.save(self.hook.state_dict(), partial / "hook.pt")
+            torch.save(hook_state, partial / "hook.pt")
             write_json(partial / "loop.json", {"step": step, "stream": self.stream.state_dict(), "world": self.engine.world})
         barrier(self.engine)
         if self.engine.rank == 0:

@@ -35,6 +35,7 @@ from core.train.engine import LossFn, Shard
 from core.train.local import StepModule, gather_objects, named_parameters
 from core.train.state import StateReader, save_pieces, write_index
 
+BUCKET = 500_000_000  # values; DeepSpeed's default
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -123,6 +124,8 @@ class ZeroEngine:
         self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
         self.shapes = {n: p.shape for n, p in self.parameters.items()}
         config = zero_config(optim, parallel, micro_batches)
+        # DeepSpeed allocates the whole bucket at every backward: 1 GB by default, however small the model.
+        config["zero_optimization"]["reduce_bucket_size"] = min(BUCKET, sum(p.numel() for p in self.trained.values()))
         config["zero_optimization"] |= overrides or {}
         fused = parallel.offload_optimizer is not Offload.nvme
         self.engine, *_ = deepspeed.initialize(
