@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--curve", type=int, default=150, help="steps of the loss-curve comparison")
+    parser.add_argument("--curve", type=int, default=80, help="steps of the loss-curve comparison")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--json")
     options = parser.parse_args()
@@ -146,7 +146,7 @@ def main() -> None:
 
     curves: dict[str, list[float]] = {}
     for name in ("transformers", "fp4flash", "noise"):
-        arm = Arm(name, shape, weights, device, rows=max(1, rows // 16))
+        arm = Arm(name, shape, weights, device, rows=rows // 2)
         curves[name] = torch.stack([arm.step(data[i % len(data)]) for i in range(options.curve)]).tolist()
         del arm
     arms = [Arm(n, shape, weights, device, rows) for n in ("transformers", "fp4flash")]

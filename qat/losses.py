@@ -103,7 +103,7 @@ def chunk_loss(
             grad.sub_(p.mul_(kl))
     if grad is not None:
         if ce:
-            grad.scatter_add_(1, safe, torch.full_like(safe, -ce, dtype=torch.float32))
+            grad.scatter_(1, safe, grad.gather(1, safe) - ce)  # one entry a row: deterministic, unlike scatter_add_
         grad = grad.mul_(weight[:, None]).to(logits.dtype)
     return grad, torch.stack((kl_sum, ce_sum, correct.to(torch.float32)))
 
