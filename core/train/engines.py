@@ -10,9 +10,11 @@ from core.train.config import OptimConfig, OptimName, ParallelConfig, ParallelMo
 from core.train.engine import Engine, LossFn
 from core.train.local import LocalEngine
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29533"}
 REFUSED = {
-    ParallelMode.fsdp2: "parallel=fsdp2 is not supported: FSDP2 shards along dimension 0 as DTensors and its mixed-precision "
-    "copies are rebuilt in every forward, so a snapped working copy would not survive; use parallel=zero3",
+    ParallelMode.fsdp2: "parallel=fsdp2 is not supported: FSDP2 shards along dimension 0 as DTensors and its "
+    "mixed-precision copies are rebuilt in every forward, so a snapped working copy would not survive; "
+    "use parallel=zero3",
     ParallelMode.ep: "parallel=ep (expert parallelism) is not supported for training; use parallel=zero3, which also "
     "divides the experts' memory over the ranks",
 }
@@ -33,7 +35,7 @@ def start_processes(parallel: ParallelConfig, device: torch.device) -> tuple[int
     if parallel.mode is ParallelMode.none:
         return 0, 1
     if not torch.distributed.is_initialized():
-        for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29533"}.items():
+        for key, value in ALONE.items():
             os.environ.setdefault(key, value)
         if device.type == "cuda":
             torch.cuda.set_device(device)
@@ -42,8 +44,14 @@ def start_processes(parallel: ParallelConfig, device: torch.device) -> tuple[int
 
 
 def build_engine(
-    model: nn.Module, loss_fn: LossFn, optim: OptimConfig, parallel: ParallelConfig, *, micro_batches: int,
-    device: torch.device, seed: int,  # noqa: ARG001
+    model: nn.Module,
+    loss_fn: LossFn,
+    optim: OptimConfig,
+    parallel: ParallelConfig,
+    *,
+    micro_batches: int,
+    device: torch.device,
+    seed: int,  # noqa: ARG001
 ) -> Engine:
     """The engine of `parallel.mode` around a model whose requires_grad flags say what is trained.
 
@@ -57,7 +65,8 @@ def build_engine(
         return LocalEngine(model, loss_fn, optim, micro_batches=micro_batches, device=device, rank=rank, world=world)
     if optim.name is OptimName.muon:
         raise UnsupportedError(
-            f"optim=muon needs whole matrices and parallel={parallel.mode.value} holds flat slices; use optim=adamw or parallel=ddp"
+            f"optim=muon needs whole matrices and parallel={parallel.mode.value} holds flat slices; "
+            "use optim=adamw or parallel=ddp"
         )
     from core.train.zero import ZeroEngine
 

@@ -1,4 +1,8 @@
-"""The engine of one process, and of DDP: whole parameters on every rank."""
+"""The engine of one process, and of DDP: whole parameters on every rank.
+
+Memory of a trained BF16 parameter: 2 bytes working copy, 2 gradient, 12 master and AdamW; with more than one
+micro-batch 4 bytes for the FP32 gradient sum, which is then also what the ranks exchange, once a step.
+"""
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -34,30 +38,48 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 class LocalEngine:
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn, config: OptimConfig, *, micro_batches: int, device: torch.device,
-        rank: int = 0, world: int = 1,
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        config: OptimConfig,
+        *,
+        micro_batches: int,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.model = model.to(device)
         self.rank, self.world, self.device = rank, world, device
         self.micro_batches = micro_batches
         self.parameters = named_parameters(self.model)
+        if world > 1:
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                torch.distributed.broadcast(tensor.data, src=0)
         self.optimizer = MasterOptimizer(self.parameters, config)
         self.step_module: nn.Module = StepModule(self.model, loss_fn)
-        if world > 1:
+        if world > 1 and micro_batches == 1:  # else nothing to overlap: the sums are exchanged after the last backward
             ids = [device.index] if device.type == "cuda" else None
-            self.step_module = DistributedDataParallel(self.step_module, device_ids=ids, gradient_as_bucket_view=True)
+            self.step_module = DistributedDataParallel(
+                self.step_module, device_ids=ids, gradient_as_bucket_view=True, init_sync=False
+            )
 
     def forward_backward(self, batch: Batch, scale: float, last: bool) -> dict[str, Tensor]:
         if isinstance(self.step_module, DistributedDataParallel):
-            # DDP averages; the contract is a sum. Every micro-batch is reduced, because FP32 sums are kept outside.
-            loss, stats = self.step_module(batch)
-            (loss * (scale * self.world)).backward()
-        else:
-            loss, stats = self.step_module(batch)
-            (loss * scale).backward()
+            scale *= self.world  # DDP averages over the ranks; the contract is a sum
+        loss, stats = self.step_module(batch)
+        (loss * scale).backward()
         if self.micro_batches > 1:
             self.optimizer.accumulate()
+            if last and self.world > 1:
+                self.sum_gradients()
         return stats | {"loss": loss.detach()}
+
+    def sum_gradients(self) -> None:
+        """FP32 gradient sums over the ranks."""
+        works = [torch.distributed.all_reduce(g, async_op=True) for g in self.optimizer.gradient_sums()]
+        for work in works:
+            if work is not None:
+                work.wait()
 
     def step(self, lr_factor: float) -> Tensor:
         return self.optimizer.step(lr_factor)
@@ -81,7 +103,7 @@ class LocalEngine:
 
     def load(self, folder: Path) -> None:
         reader = StateReader(folder)
-        reader.check({n: m.shape for n, m in self.optimizer.masters.items()})
+        reader.check({n: m.shape for n, m in self.optimizer.masters.items()}, self.optimizer.kinds())
         for name, master in self.optimizer.masters.items():
             for kind in reader.kinds(name):
                 self.optimizer.restore(name, kind, reader.read(name, kind, 0, master.numel()), reader.steps)

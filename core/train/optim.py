@@ -1,8 +1,8 @@
 """AdamW and Muon over FP32 masters of BF16 parameters.
 
 A BF16 weight cannot take a small step (at a rate of 1e-6 an Adam-size step moves 2 % of BF16 weights), so every trained
-parameter has an FP32 master; gradients are cast up one by one, the optimiser moves the masters, and the working
-copies are rewritten as bf16(master).
+parameter has an FP32 master; gradients are cast up a gibibyte at a time, the optimiser moves those masters, and the
+working copies are rewritten as bf16(master).
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by its nearest
 semi-orthogonal matrix, found with five Newton-Schulz steps in BF16. Fused experts [E, out, in] are E matrices, done as
@@ -19,6 +19,7 @@ from core.train.config import OptimConfig, OptimName
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic coefficients of Jordan et al.
 NEWTON_SCHULZ_STEPS = 5
 NOT_MATRICES = ("embed", "lm_head", "router", "mlp.gate.weight")
+CHUNK = 2**28  # values whose FP32 gradients exist at one time during a step: 1 GiB
 
 
 def orthogonalise(momentum: Tensor) -> Tensor:
@@ -62,6 +63,20 @@ def is_matrix(name: str, shape: torch.Size) -> bool:
     return len(shape) >= 2 and not any(part in name for part in NOT_MATRICES)
 
 
+def chunks(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
+    """Names in order, in runs of at most `limit` values (a single larger one is a run of its own)."""
+    run: list[str] = []
+    total = 0
+    for name, size in sizes.items():
+        if run and total + size > limit:
+            yield run
+            run, total = [], 0
+        run.append(name)
+        total += size
+    if run:
+        yield run
+
+
 class MasterOptimizer:
     """FP32 masters of the parameters with requires_grad, their optimisers, and an optional average of the masters."""
 
@@ -87,7 +102,8 @@ class MasterOptimizer:
                 {"params": [m for m in rest if m.dim() < 2], "weight_decay": 0.0},
             ]
             c = self.config
-            found.append(torch.optim.AdamW([g for g in groups if g["params"]], lr=c.lr, betas=c.betas, eps=c.eps, fused=True))
+            groups = [g for g in groups if g["params"]]
+            found.append(torch.optim.AdamW(groups, lr=c.lr, betas=c.betas, eps=c.eps, fused=True))
         for optimizer in found:
             for group in optimizer.param_groups:
                 group["peak_lr"] = group["lr"]
@@ -104,28 +120,37 @@ class MasterOptimizer:
                     self.accumulated[name] = parameter.grad.to(torch.float32)
                 parameter.grad = None
 
+    def gradient_sums(self) -> list[Tensor]:
+        """The FP32 sums of every trained parameter, in one order on all ranks; zeros where no gradient came."""
+        for name, master in self.masters.items():
+            if name not in self.accumulated:
+                self.accumulated[name] = torch.zeros_like(master)
+        return [self.accumulated[name] for name in self.masters]
+
     @torch.no_grad()
     def step(self, lr_factor: float) -> Tensor:
         """One update; returns the gradient norm before clipping as a 0-dim tensor (no synchronisation here)."""
-        grads = {
-            n: self.accumulated.get(n, p.grad) for n, p in self.parameters.items() if n in self.accumulated or p.grad is not None
-        }
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads.values() if g is not None]
+        grads: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            grad = self.accumulated.pop(name, parameter.grad)
+            parameter.grad = None
+            if grad is not None:
+                grads[name] = grad
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads.values()]
         norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
         clip = self.config.clip_grad_norm
         scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else None
-        for name, grad in grads.items():
-            assert grad is not None
-            wide = grad.to(torch.float32)
-            self.masters[name].grad = wide if scale is None else wide.mul_(scale) if wide is not grad else wide * scale
-            self.parameters[name].grad = None
-        self.accumulated.clear()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
-            optimizer.step()
-        for master in self.masters.values():
-            master.grad = None
+        for names in chunks({n: g.numel() for n, g in grads.items()}, CHUNK):
+            for name in names:
+                wide = grads.pop(name).to(torch.float32)
+                self.masters[name].grad = wide if scale is None else wide.mul_(scale)
+            for optimizer in self.optimizers:
+                optimizer.step()  # skips the masters without a gradient
+            for name in names:
+                self.masters[name].grad = None
         if self.ema:
             torch._foreach_lerp_(list(self.ema.values()), list(self.masters.values()), 1 - self.config.ema)
         self.write_working()
@@ -145,6 +170,14 @@ class MasterOptimizer:
         for optimizer in self.optimizers:
             for master, state in optimizer.state.items():
                 yield from ((name_of[id(master)], kind, value) for kind, value in state.items() if kind != "step")
+
+    def kinds(self) -> dict[str, set[str]]:
+        """What `state_tensors` may hold of each parameter, the first step not needed."""
+        base = {"master", "ema"} if self.ema else {"master"}
+        muon = {id(m) for o in self.optimizers if isinstance(o, Muon) for g in o.param_groups for m in g["params"]}
+        return {
+            n: base | ({"momentum"} if id(m) in muon else {"exp_avg", "exp_avg_sq"}) for n, m in self.masters.items()
+        }
 
     def steps_done(self) -> int:
         """Updates made so far (AdamW's bias correction needs the count)."""

@@ -108,8 +108,15 @@ class Slice:
 
 class ZeroEngine:
     def __init__(
-        self, model: nn.Module, loss_fn: LossFn, optim: OptimConfig, parallel: ParallelConfig, *, micro_batches: int,
-        device: torch.device, overrides: dict[str, Any] | None = None,
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        optim: OptimConfig,
+        parallel: ParallelConfig,
+        *,
+        micro_batches: int,
+        device: torch.device,
+        overrides: dict[str, Any] | None = None,
     ) -> None:
         """`overrides`: entries of DeepSpeed's `zero_optimization` that replace ours (tests of what they would do)."""
         deepspeed = import_deepspeed()
@@ -234,7 +241,8 @@ class ZeroEngine:
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         reader = StateReader(folder)
-        reader.check({n: self.shapes[n] for n in self.trained})
+        kept = {"master", "ema", *MOMENTS} if self.ema_decay else {"master", *MOMENTS}
+        reader.check({n: self.shapes[n] for n in self.trained}, dict.fromkeys(self.trained, kept))
         self.steps = reader.steps
         for name, piece in self.slices():
             kinds, stop = reader.kinds(name), piece.start + piece.numel
