@@ -8,6 +8,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from core.errors import CheckpointError
+
 EOS = "<|endoftext|>"
 SPECIALS = (EOS, "<|im_start|>", "<|im_end|>", "<|pad|>")
 TEMPLATE = (
@@ -21,6 +23,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> Any:
 
     Args:
         texts: training documents. vocab_size: entries, the 256 bytes and specials included.
+    Raises:
+        CheckpointError: the folder cannot be written.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -34,9 +38,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> Any:
     fast.chat_template = TEMPLATE
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    fast.save_pretrained(partial)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.replace(out)
+    try:
+        fast.save_pretrained(partial)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.replace(out)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {out}: {error}; free space or choose another run.cache") from error
     return load_tokenizer(out)
 
 

@@ -42,16 +42,19 @@ class HubCursor:
 
     def start(self, state: Any | None) -> None:
         with named_errors(self.source):
-            self.data.load_state_dict(copy.deepcopy(self.first if state is None else state))
-            self.rows = iter(self.data)
+            self.at = copy.deepcopy(self.first if state is None else state)
+            self.data.load_state_dict(copy.deepcopy(self.at))
+            self.rows = iter(self.data)  # lazy: until a row is read, `self.data` still tells its old place
 
     def state(self) -> Any:
-        return copy.deepcopy(self.data.state_dict())
+        return copy.deepcopy(self.at)
 
     def take(self, count: int) -> list[Record]:
         """The next records; fewer than `count` only at the end."""
         with named_errors(self.source):
-            return [self.record(row) for row in islice(self.rows, count)]
+            records = [self.record(row) for row in islice(self.rows, count)]
+            self.at = copy.deepcopy(self.data.state_dict())
+        return records
 
     def record(self, row: dict[str, Any]) -> Record:
         field = self.source.text_field

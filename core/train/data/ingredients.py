@@ -60,7 +60,7 @@ class InMemory:
         if self.checksum is None:
             self.checksum = self.seed
             for document in self.documents:
-                self.checksum = zlib.crc32(document.ids, self.checksum)
+                self.checksum = zlib.crc32(document.ids.tobytes(), self.checksum)
         return self.checksum
 
     def state(self) -> dict[str, Any]:
