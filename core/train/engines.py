@@ -60,14 +60,16 @@ def build_engine(
     Raises:
         UnsupportedError: Muon under ZeRO, whose ranks hold flat slices and never a whole matrix.
     """
-    rank, world = start_processes(parallel, device)
-    if parallel.mode in {ParallelMode.none, ParallelMode.ddp}:
-        return LocalEngine(model, loss_fn, optim, micro_batches=micro_batches, device=device, rank=rank, world=world)
-    if optim.name is OptimName.muon:
+    if parallel.mode is ParallelMode.none:  # also inside a launched job: rank 0 may train something on its own
+        return LocalEngine(model, loss_fn, optim, micro_batches=micro_batches, device=device)
+    if optim.name is OptimName.muon and parallel.mode in {ParallelMode.zero2, ParallelMode.zero3}:
         raise UnsupportedError(
             f"optim=muon needs whole matrices and parallel={parallel.mode.value} holds flat slices; "
             "use optim=adamw or parallel=ddp"
         )
+    rank, world = start_processes(parallel, device)
+    if parallel.mode is ParallelMode.ddp:
+        return LocalEngine(model, loss_fn, optim, micro_batches=micro_batches, device=device, rank=rank, world=world)
     from core.train.zero import ZeroEngine
 
     return ZeroEngine(model, loss_fn, optim, parallel, micro_batches=micro_batches, device=device)
