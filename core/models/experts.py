@@ -32,9 +32,12 @@ def find_experts(model: nn.Module) -> list[ExpertTensor]:
             continue
         for leaf in WEIGHTS:
             weight = module._parameters.get(leaf)
-            if weight is not None and weight.dim() == 3:
+            if weight is None:
+                continue
+            shape = tuple(getattr(weight, "ds_shape", weight.shape))  # ZeRO-3 empties the parameter itself
+            if len(shape) == 3:
                 dim = -2 if module.is_transposed else -1
                 number = re.search(r"\.layers\.(\d+)\.", f".{module_name}.")
                 layer = int(number[1]) if number else None
-                found.append(ExpertTensor(f"{module_name}.{leaf}", module_name, tuple(weight.shape), dim, layer))
+                found.append(ExpertTensor(f"{module_name}.{leaf}", module_name, shape, dim, layer))
     return found
