@@ -50,10 +50,10 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self, lr_factor: float) -> float:
+    def step(self, lr_factor: float) -> float | Tensor:
         """Clip, update the masters at `lr_factor` x the configured rates, rewrite working copies, drop gradients.
 
-        Returns the global gradient norm before clipping.
+        Returns the global gradient norm before clipping; a 0-dim tensor where a number would need a synchronisation.
         """
         ...
 

@@ -127,8 +127,9 @@ class ZeroEngine:
         self.stage3 = parallel.mode is ParallelMode.zero3
         self.lr = optim.lr
         self.ema_decay = optim.ema
-        self.parameters = named_parameters(self.model)
-        self.trained = {n: p for n, p in self.parameters.items() if p.requires_grad}
+        # Any: DeepSpeed adds attributes (ds_tensor, _hp_mapping) to the parameters
+        self.parameters: dict[str, Any] = dict(named_parameters(self.model))
+        self.trained: dict[str, Any] = {n: p for n, p in self.parameters.items() if p.requires_grad}
         self.shapes = {n: p.shape for n, p in self.parameters.items()}
         config = zero_config(optim, parallel, micro_batches)
         # DeepSpeed allocates the whole bucket at every backward: 1 GB by default, however small the model.
