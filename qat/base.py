@@ -24,6 +24,7 @@ from core.train.loop import Loop, NoHook
 from core.train.tokenizer import load_tokenizer, train_tokenizer
 from qat.config import LossConfig, NanoConfig, QATConfig
 from qat.losses import make_loss
+from qat.select import select
 
 ROPE = {"rope_type": "default", "partial_rotary_factor": 0.334}
 
@@ -88,6 +89,8 @@ def nano_base(config: QATConfig) -> Path:
     if (result / "config.json").exists():
         print(f"BF16 base: {result} (cached)")
         return result
+    with torch.device("meta"):
+        select(MiMoV2ForCausalLM(nano_config(nano, 0, 0)), config.quant)  # refuse a geometry before it is trained
     print(f"BF16 base: none cached for this geometry and text; training one first ({nano.steps} steps) into {cache / name}")
     tokens = cache / name / "tokenizer"
     if not (tokens / "tokenizer.json").exists():

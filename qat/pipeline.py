@@ -1,30 +1,38 @@
 """A QAT run from configuration to report: the stages of `qat.train`, in order."""
 
 import json
+import os
+import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.errors import ConfigError
 from core.models.load import LoadedModel, load_model, save_model
+from core.mxfp4 import snap
 from core.run import Run, open_run, start_run, write_json
 from core.train.data import eval_batches, train_stream
+from core.train.data.documents import data_root
 from core.train.engine import Engine
 from core.train.engines import build_engine, start_processes
 from core.train.loop import Loop, NoHook, rows_per_rank
 from core.train.tracker import make_tracker
 from qat.base import device, model_folder
 from qat.config import Method, QATConfig, QuantFormat
-from qat.evaluate import arm_sums, bf16_sums
+from qat.evaluate import Arm, arm_sums, held_out_loss
 from qat.fake_quant import use_fake_quant
+from qat.layer_checkpoint import open_layers
+from qat.layer_run import layerwise_run
 from qat.losses import make_loss
 from qat.plan import make_plan
 from qat.report import write_report
 from qat.select import Selection, select, set_trainable
 from qat.snap import Quantiser, ptq_
+from qat.tasks import score_tasks
 from qat.teacher import make_teacher
 
 
@@ -46,9 +54,6 @@ def train(config: QATConfig, resolved: str) -> Run:
     seed_everything(config, target)
     model = config.model
     if config.qat is Method.layerwise:
-        from qat.layer_checkpoint import open_layers
-        from qat.layer_run import layerwise_run
-
         source = open_layers(folder, target, model.attention, model.experts)
         selection = covered(source.loaded, config, say)
         layerwise_run(config, run, source, selection)
@@ -90,12 +95,19 @@ def train_steps(config: QATConfig, run: Run, loaded: LoadedModel, selection: Sel
     tracker = make_tracker(config.tracker, run.folder, engine.rank)
     Loop(engine, stream, train_config, config.optim, run, hook, evaluator, tracker, title="QAT").run()
     tracker.close()
-    save_model(engine.full_tensors(), loaded, run.model, rank=engine.rank)
+    save_model(on_grid_tensors(engine, selection, config), loaded, run.model, rank=engine.rank)
     if isinstance(hook, Quantiser):
         summary = hook.summary()
         if engine.rank == 0:
             write_json(run.folder / "quant.json", summary)
     engine.close()
+
+
+def on_grid_tensors(engine: Engine, selection: Selection, config: QATConfig) -> Iterator[tuple[str, Tensor]]:
+    """What ships: the working copies. Fake quantisation keeps them off the grid, so there they are snapped here."""
+    dims = {t.name: t.dim for t in selection.tensors} if config.qat is Method.fake_quant else {}
+    for name, tensor in engine.full_tensors():
+        yield name, snap(tensor, config.quant.rule, dims[name], name) if name in dims and engine.rank == 0 else tensor
 
 
 def prepare(model: nn.Module, config: QATConfig) -> None:
@@ -126,8 +138,6 @@ class Evaluator:
         self.engine = engine
 
     def __call__(self, step: int) -> dict[str, Any]:  # noqa: ARG002
-        from qat.evaluate import held_out_loss
-
         losses = held_out_loss(self.engine.model, self.batches, self.engine.device)
         return {f"val_loss_{domain}": loss for domain, loss in losses.items()}
 
@@ -151,17 +161,28 @@ def compare(config: QATConfig, run: Run, base: Path, selection: Selection, targe
     def load(folder: Path) -> LoadedModel:
         return load_model(folder, device=target, attention=config.model.attention, experts=config.model.experts)
 
+    tasks: list[dict[str, Any]] = []
+
+    def measure(name: str, loaded: LoadedModel) -> None:
+        arms[name] = arm_sums(loaded.model, reference.model, batches, target)
+        if config.eval.tasks:
+            found = score_tasks(loaded.model, loaded.tokenizer, config.eval, data_root(config.data))
+            tasks.extend({"arm": name, **result.as_json()} for result in found)
+
     reference = load(base)
     batches = eval_batches(config.data, reference.tokenizer, config.train.micro_batch_size or min(config.train.batch_size, 8))
-    arms = {"BF16": bf16_sums(reference.model, batches, target)}
+    arms: dict[str, Arm] = {}
+    measure("BF16", reference)
     if selection.tensors:
         student = load(base)
         ptq_(student.model, selection, config.quant)
-        arms["PTQ"] = arm_sums(student.model, reference.model, batches, target)
+        measure("PTQ", student)
         del student
-    arms["QAT" if selection.tensors else "trained"] = arm_sums(load(run.model).model, reference.model, batches, target)
+    measure("QAT" if selection.tensors else "trained", load(run.model))
     quant = run.folder / "quant.json"
-    extra = {"quant": json.loads(quant.read_text())} if quant.exists() else {}
+    extra: dict[str, Any] = {"quant": json.loads(quant.read_text())} if quant.exists() else {}
+    if tasks:
+        extra["tasks"] = tasks
     return write_report(run, arms, selection, config.eval, extra)
 
 
@@ -200,9 +221,6 @@ def share(value: Any, world: int) -> Any:
 
 
 def seed_everything(config: QATConfig, target: torch.device) -> None:
-    import os
-    import random
-
     random.seed(config.train.seed)
     torch.manual_seed(config.train.seed)
     if config.train.deterministic and target.type == "cuda":

@@ -31,7 +31,7 @@ class Quantiser:
         self.method = method
         self.tensors = {t.name: t for t in selection.tensors}
         self.flag = new_flag(engine.device)
-        self.tracker = CodeTracker(config.rule)
+        self.tracker = CodeTracker(config.rule, snapped=method is Method.snap)
         self.counter = ExpertCounter(engine.model)
         self.checker = GridChecker(engine.model, self, config.check_grid_every)
         self.step = 0

@@ -74,7 +74,8 @@ def float64(inputs: list[Tensor], grad: Tensor, docs: Tensor, window: int | None
 def test_error_is_no_larger_than_plain_bf16(shape: tuple[int, int, int, int], length: int, window: int | None) -> None:
     """Root mean square error against float64, output and every gradient, at most the written-out BF16 attention's.
 
-    5 % on top: both errors are sums of the same kind of roundings and scatter by that much between shapes.
+    The root mean square of n independent roundings scatters by 1 / sqrt(2 n) of itself; three of those are allowed.
+    That is 1 % for an output of 10,000 numbers and matters for the sinks' gradient, which has one number a head.
     """
     heads, kv_heads, dim, value_dim = shape
     generator = torch.Generator("cuda").manual_seed(0)
@@ -89,7 +90,8 @@ def test_error_is_no_larger_than_plain_bf16(shape: tuple[int, int, int, int], le
     plain, found = run(EAGER, inputs, grad, docs, window), run(FLEX, inputs, grad, docs, window)
     for name, e, p, f in zip(("out", "q", "k", "v", "sinks"), expected, plain, found, strict=False):
         limit, error = (p - e).square().mean().sqrt(), (f - e).square().mean().sqrt()
-        assert error <= 1.05 * limit, f"{name}: {error:.3e} against plain {limit:.3e}"
+        limit = limit * (1 + 3 / (2 * e.numel()) ** 0.5)
+        assert error <= limit, f"{name}: {error:.3e} against plain {limit:.3e}"
 
 
 def model(attention: str, experts: str, compiled: bool) -> MiMoV2ForCausalLM:
