@@ -78,8 +78,9 @@ def train_stream(
         ConfigError, DataError: a source is missing, damaged or empty.
     """
     tally = Tally()
-    bar = tqdm(mixture(config, validation=False), desc="tokenising", unit="source", disable=rank != 0, leave=False)
-    ingredients = [ingredient(config, s, False, tokenizer, seed + n, tally) for n, s in enumerate(bar)]
+    sources = mixture(config, validation=False)
+    with tqdm(sources, desc="tokenising", unit="source", disable=rank != 0, leave=False) as bar:
+        ingredients = [ingredient(config, s, False, tokenizer, seed + n, tally) for n, s in enumerate(bar)]
     if rank == 0 and (line := tally.line()):
         print(line)
     return TrainStream(ingredients, config.seq_len, batch_size, rank, world)
