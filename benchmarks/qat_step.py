@@ -68,8 +68,13 @@ class Arm:
         teacher = make_teacher(LossConfig(), model, slot)
         model.train()
         self.engine = build_engine(
-            model, make_loss(LossConfig(), teacher), OptimConfig(lr=1e-4), ParallelConfig(), micro_batches=1,
-            device=torch.device(device), seed=0,
+            model,
+            make_loss(LossConfig(), teacher),
+            OptimConfig(lr=1e-4),
+            ParallelConfig(),
+            micro_batches=1,
+            device=torch.device(device),
+            seed=0,
         )
         slot.append(self.engine)
         self.hook: Any = Quantiser(self.engine, selection, config, Method.snap) if quantised else NoHook()

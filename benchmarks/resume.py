@@ -24,8 +24,8 @@ CLOCK_FIELDS = ("wall_s", "tokens_per_s")
 
 def command(root: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "qat.train", "+experiment=mimo_fp4", "+debug=tiny", "train.steps=30", "train.save_every=3",
-        "train.eval_every=10", f"run.root={root}", f"run.cache={root.parent / 'cache'}", *more,
+        sys.executable, "-m", "qat.train", "+experiment=mimo_fp4", "+debug=tiny", "train.steps=30",
+        "train.save_every=3", "train.eval_every=10", f"run.root={root}", f"run.cache={root.parent / 'cache'}", *more,
     ]  # fmt: skip
 
 
@@ -71,7 +71,11 @@ def main() -> int:
         draw = random.Random(options.seed)
         trials = [trial(root, f"killed-{i}", draw.uniform(0.2, 0.98) * whole, expected) for i in range(options.kills)]
     equal = sum(t["equal"] for t in trials)
-    publish("resume", {"kills": options.kills, "bit_identical": equal, "uninterrupted_s": whole, "trials": trials}, options.json)
+    publish(
+        "resume",
+        {"kills": options.kills, "bit_identical": equal, "uninterrupted_s": whole, "trials": trials},
+        options.json,
+    )
     return 0 if equal == options.kills else 1
 
 

@@ -75,7 +75,9 @@ def transformers_loss(model: Any, batch: Batch) -> tuple[torch.Tensor, dict[str,
 class Arm:
     """One implementation under the common engine and optimiser."""
 
-    def __init__(self, name: str, shape: dict[str, Any], weights: dict[str, torch.Tensor], device: str, rows: int) -> None:
+    def __init__(
+        self, name: str, shape: dict[str, Any], weights: dict[str, torch.Tensor], device: str, rows: int
+    ) -> None:
         self.name, self.rows = name, rows
         if name == "fp4flash":
             model: Any = MiMoV2ForCausalLM(

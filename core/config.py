@@ -65,7 +65,15 @@ def load(command: Command, overrides: list[str]) -> tuple[object, str]:
 
 
 # What may differ between the command that started a run and the one that resumes it: how it is run, not what it is.
-RESUME_MAY_CHANGE = ("run", "parallel", "tracker", "dry_run", "train.micro_batch_size", "train.device", "train.keep_last")
+RESUME_MAY_CHANGE = (
+    "run",
+    "parallel",
+    "tracker",
+    "dry_run",
+    "train.micro_batch_size",
+    "train.device",
+    "train.keep_last",
+)
 
 
 def continued(merged: DictConfig, overrides: list[str]) -> DictConfig:
@@ -90,7 +98,8 @@ def continued(merged: DictConfig, overrides: list[str]) -> DictConfig:
         ours, theirs = flat(merged).get(key), flat(stored).get(key)
         if ours != theirs and not any(key == k or key.startswith(f"{k}.") for k in RESUME_MAY_CHANGE):
             raise ConfigError(
-                f"{key}={ours} differs from the run being resumed ({theirs}); drop it, or start a new run without run.resume"
+                f"{key}={ours} differs from the run being resumed ({theirs}); "
+                "drop it, or start a new run without run.resume"
             )
     return merged
 
@@ -116,7 +125,18 @@ def one_line(error: BaseException) -> str:
     while seen is not None:
         for raw in str(seen).splitlines():
             line = raw.strip()
-            noise = line.startswith(("full_key:", "object_type=", "reference_type=", "To append", "Set the env", "See https", "Config search", "provider="))
+            noise = line.startswith(
+                (
+                    "full_key:",
+                    "object_type=",
+                    "reference_type=",
+                    "To append",
+                    "Set the env",
+                    "See https",
+                    "Config search",
+                    "provider=",
+                )
+            )
             if line and not noise and line not in parts:
                 parts.append(line)
         key = getattr(seen, "full_key", None)

@@ -1,10 +1,10 @@
 """The run folder: everything needed to know, repeat and resume a run.
 
-    runs/<name>/config.yaml     resolved configuration
-               /run.json        command, versions, git state, seed, hardware, state (running | finished)
-               /metrics.jsonl   one JSON object a line; wall-clock fields end in `_s` or `per_s`
-               /checkpoints/step-<n>/   resumable state;  /model/  the result;  /report.*  the numbers
-    runs/latest                 link to the newest run
+runs/<name>/config.yaml     resolved configuration
+           /run.json        command, versions, git state, seed, hardware, state (running | finished)
+           /metrics.jsonl   one JSON object a line; wall-clock fields end in `_s` or `per_s`
+           /checkpoints/step-<n>/   resumable state;  /model/  the result;  /report.*  the numbers
+runs/latest                 link to the newest run
 """
 
 import json
@@ -95,7 +95,9 @@ class Run:
             with self.metrics_path.open("a") as file:
                 file.write(json.dumps(fields) + "\n")
         except OSError as error:
-            raise CheckpointError(f"cannot write {self.metrics_path}: {error.strerror}; free space and resume") from error
+            raise CheckpointError(
+                f"cannot write {self.metrics_path}: {error.strerror}; free space and resume"
+            ) from error
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every whole line of metrics.jsonl (a kill may leave half a line at the end)."""
@@ -128,7 +130,9 @@ def start_run(config: RunConfig, command: str, label: str, resolved: str, seed: 
     if rank != 0:
         return run
     if (folder / "run.json").exists():
-        raise ConfigError(f"run.name={folder.name} exists in {root}; choose another name or set run.resume={folder.name}")
+        raise ConfigError(
+            f"run.name={folder.name} exists in {root}; choose another name or set run.resume={folder.name}"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(resolved)

@@ -22,7 +22,7 @@ from core.train.data import document_texts, train_stream
 from core.train.engines import build_engine
 from core.train.loop import Loop, NoHook
 from core.train.tokenizer import load_tokenizer, train_tokenizer
-from qat.config import LossConfig, NanoConfig, QATConfig
+from qat.config import NANO, LossConfig, NanoConfig, QATConfig
 from qat.losses import make_loss
 from qat.select import select
 
@@ -36,7 +36,7 @@ def model_folder(config: QATConfig) -> Path:
         ConfigError: no path was given, or it is no folder; says what to download or set.
     """
     model = config.model
-    if model.nano is not None and model.path is None:
+    if model.name == NANO and model.path is None:
         return nano_base(config)
     if model.path is None:
         fetch = f"download it with `hf download {model.hub} --local-dir DIR` and " if model.hub else ""
@@ -81,7 +81,7 @@ def nano_config(nano: NanoConfig, pad: int, eos: int) -> MiMoV2Config:
 def nano_base(config: QATConfig) -> Path:
     """The trained BF16 nano model for this geometry, text and seed; from the cache when it is there."""
     nano, data = config.model.nano, config.data
-    assert nano is not None
+    assert nano is not None, "configs/model/nano_mimo_v2.yaml sets it"
     key = json.dumps([asdict(nano), asdict(data), config.train.seed], default=str, sort_keys=True)
     cache = Path(config.run.cache)
     name = f"nano-base-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
@@ -91,7 +91,10 @@ def nano_base(config: QATConfig) -> Path:
         return result
     with torch.device("meta"):
         select(MiMoV2ForCausalLM(nano_config(nano, 0, 0)), config.quant)  # refuse a geometry before it is trained
-    print(f"BF16 base: none cached for this geometry and text; training one first ({nano.steps} steps) into {cache / name}")
+    print(
+        f"BF16 base: none cached for this geometry and text; training one first ({nano.steps} steps) "
+        f"into {cache / name}"
+    )
     tokens = cache / name / "tokenizer"
     if not (tokens / "tokenizer.json").exists():
         train_tokenizer(document_texts(data), nano.vocab_size, tokens)
@@ -108,11 +111,21 @@ def train_base(config: QATConfig, nano: NanoConfig, tokenizer: object, run: Run)
     model = MiMoV2ForCausalLM(nano_config(nano, tokenizer.pad_token_id, tokenizer.eos_token_id)).to(torch.bfloat16)
     model.set_experts_implementation("fp4flash")
     train = replace(
-        config.train, steps=nano.steps, batch_size=nano.batch_size, micro_batch_size=0, eval_every=0, save_every=nano.steps // 4
+        config.train,
+        steps=nano.steps,
+        batch_size=nano.batch_size,
+        micro_batch_size=0,
+        eval_every=0,
+        save_every=nano.steps // 4,
     )
     optim = OptimConfig(lr=nano.lr, weight_decay=0.1)
     engine = build_engine(
-        model, make_loss(LossConfig(kl=0.0, ce=1.0), None), optim, ParallelConfig(), micro_batches=1, device=device(train),
+        model,
+        make_loss(LossConfig(kl=0.0, ce=1.0), None),
+        optim,
+        ParallelConfig(),
+        micro_batches=1,
+        device=device(train),
         seed=train.seed,
     )
     stream = train_stream(config.data, tokenizer, batch_size=nano.batch_size, seed=train.seed)
@@ -127,7 +140,9 @@ def device(train: TrainConfig) -> torch.device:
     if train.device not in {"auto", "cpu", "cuda"}:
         raise ConfigError(f"train.device={train.device}: expected auto, cpu or cuda")
     if train.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train.device=cuda, but torch sees no GPU; set train.device=cpu or install a CUDA build of torch")
+        raise ConfigError(
+            "train.device=cuda, but torch sees no GPU; set train.device=cpu or install a CUDA build of torch"
+        )
     if train.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank())

@@ -38,6 +38,9 @@ class ModelConfig:
     experts: str = "auto"  # auto | eager | grouped_mm | batched_mm
 
 
+NANO = "nano_mimo_v2"  # the model name whose checkpoint is trained here when no path is given
+
+
 class QuantFormat(Enum):
     none = "none"
     mxfp4 = "mxfp4"

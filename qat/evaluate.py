@@ -26,7 +26,7 @@ COMMAND = Command("qat.evaluate", "qat", QATConfig, HELP)
 
 @dataclass(frozen=True)
 class Rows:
-    """Sums over each packed row of one domain, float64 [rows]: tokens with a label, CE, KL to BF16, agreement of argmax."""
+    """Sums over each packed row of one domain, float64 [rows]: labelled tokens, CE, KL to BF16, argmax agreement."""
 
     tokens: Tensor
     ce: Tensor
@@ -62,7 +62,9 @@ def held_out_loss(model: nn.Module, batches: dict[str, list[Batch]], device: tor
 
 
 def states(model: nn.Module, batch: Batch) -> Tensor:
-    return model.model(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False).last_hidden_state
+    return model.model(
+        input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False
+    ).last_hidden_state
 
 
 def row_sums(model: nn.Module, reference: nn.Module, batch: Batch) -> Rows:

@@ -22,7 +22,7 @@ from core.train.engines import build_engine, start_processes
 from core.train.loop import Loop, NoHook, rows_per_rank
 from core.train.tracker import make_tracker
 from qat.base import device, model_folder
-from qat.config import Method, QATConfig, QuantFormat
+from qat.config import NANO, Method, QATConfig, QuantFormat
 from qat.evaluate import Arm, arm_sums, held_out_loss
 from qat.fake_quant import use_fake_quant
 from qat.layer_checkpoint import open_layers
@@ -49,7 +49,9 @@ def train(config: QATConfig, resolved: str) -> Run:
     announce(config, say)
     folder = model_folder(config) if rank == 0 else None
     folder = share(folder, world)
-    run = share(start_run(config.run, "qat", config.model.name, resolved, config.train.seed) if rank == 0 else None, world)
+    run = share(
+        start_run(config.run, "qat", config.model.name, resolved, config.train.seed) if rank == 0 else None, world
+    )
     run = replace(run, rank=rank)
     seed_everything(config, target)
     model = config.model
@@ -82,16 +84,25 @@ def train_steps(config: QATConfig, run: Run, loaded: LoadedModel, selection: Sel
     micro = train_config.batch_size // world // rows_per_rank(train_config, world)
     prepare(model, config)
     engine = build_engine(
-        model, make_loss(config.loss, teacher), config.optim, config.parallel, micro_batches=micro,
-        device=device(train_config), seed=train_config.seed,
+        model,
+        make_loss(config.loss, teacher),
+        config.optim,
+        config.parallel,
+        micro_batches=micro,
+        device=device(train_config),
+        seed=train_config.seed,
     )
     engine_slot.append(engine)
     hook = make_hook(engine, selection, config)
     stream = train_stream(
-        config.data, loaded.tokenizer, batch_size=train_config.batch_size, seed=train_config.seed,
-        rank=engine.rank, world=engine.world,
+        config.data,
+        loaded.tokenizer,
+        batch_size=train_config.batch_size,
+        seed=train_config.seed,
+        rank=engine.rank,
+        world=engine.world,
     )
-    evaluator = Evaluator(config, loaded, engine, run)
+    evaluator = Evaluator(config, loaded, engine)
     tracker = make_tracker(config.tracker, run.folder, engine.rank)
     Loop(engine, stream, train_config, config.optim, run, hook, evaluator, tracker, title="QAT").run()
     tracker.close()
@@ -132,7 +143,7 @@ def make_hook(engine: Engine, selection: Selection, config: QATConfig) -> Quanti
 class Evaluator:
     """Held-out loss during training: what the curves show. The report at the end has the whole comparison."""
 
-    def __init__(self, config: QATConfig, loaded: LoadedModel, engine: Engine, run: Run) -> None:
+    def __init__(self, config: QATConfig, loaded: LoadedModel, engine: Engine) -> None:
         rows = config.train.micro_batch_size or config.train.batch_size // engine.world
         self.batches = eval_batches(config.data, loaded.tokenizer, rows)
         self.engine = engine
@@ -170,7 +181,9 @@ def compare(config: QATConfig, run: Run, base: Path, selection: Selection, targe
             tasks.extend({"arm": name, **result.as_json()} for result in found)
 
     reference = load(base)
-    batches = eval_batches(config.data, reference.tokenizer, config.train.micro_batch_size or min(config.train.batch_size, 8))
+    batches = eval_batches(
+        config.data, reference.tokenizer, config.train.micro_batch_size or min(config.train.batch_size, 8)
+    )
     arms: dict[str, Arm] = {}
     measure("BF16", reference)
     if selection.tensors:
@@ -196,7 +209,9 @@ def evaluate_run(config: QATConfig) -> None:
         raise ConfigError("name the run: run.resume=latest or run.resume=NAME")
     run = open_run(Path(config.run.root), config.run.resume)
     if not (run.model / "config.json").exists():
-        raise ConfigError(f"{run.folder} has no model yet (state: {run.info().get('state')}); finish it with qat.train run.resume=")
+        raise ConfigError(
+            f"{run.folder} has no model yet (state: {run.info().get('state')}); finish it with qat.train run.resume="
+        )
     target = device(config.train)
     base = Path(run.info()["base"])
     selection = select(load_model(base).model, config.quant)
@@ -204,9 +219,14 @@ def evaluate_run(config: QATConfig) -> None:
 
 
 def announce(config: QATConfig, say: Any) -> None:
-    if config.model.nano is not None and config.model.path is None:
-        say("Model: the embedded demo, a nano MiMo-V2 (hybrid attention, sinks, sigmoid router), on text of this Python's library.")
-        say("For a real one: python -m qat.train +experiment=mimo_fp4 model=mimo_v2_flash model.path=DIR  (see --help)\n")
+    if config.model.name == NANO and config.model.path is None:
+        say(
+            "Model: the embedded demo, a nano MiMo-V2 (hybrid attention, sinks, sigmoid router), "
+            "on text of this Python's library."
+        )
+        say(
+            "For a real one: python -m qat.train +experiment=mimo_fp4 model=mimo_v2_flash model.path=DIR (see --help)\n"
+        )
     else:
         say(f"Model: {config.model.name} from {config.model.path}")
 

@@ -27,7 +27,7 @@ from torch import nn
 from core.errors import ConfigError
 from core.mxfp4 import BITS_PER_WEIGHT
 from core.train.config import Offload, OptimName, ParallelMode
-from qat.config import Method, QATConfig, QuantFormat, Teacher
+from qat.config import NANO, Method, QATConfig, QuantFormat, Teacher
 from qat.layer_io import find_decoder
 from qat.layer_train import MASTER_BYTES, auto_slices
 from qat.select import Selection, select
@@ -147,7 +147,7 @@ def make_plan(
 
 def planned_model(config: QATConfig) -> nn.Module:
     """`config.model` with its parameters on the meta device."""
-    if config.model.nano is not None and config.model.path is None:
+    if config.model.name == NANO and config.model.path is None:
         from core.models.mimo_v2 import MiMoV2ForCausalLM
         from qat.base import nano_config
 

@@ -57,11 +57,14 @@ class Selection:
         """The coverage table, as text."""
         lines = [f"{'':10}{'tensors':>9}{'parameters':>21}{'bytes in BF16':>21}{'bytes after':>21}"]
         lines += [
-            f"{r.part:10}{r.tensors:>9,}{r.parameters:>21,}{r.bytes_before:>21,}{r.bytes_after:>21,.0f}" for r in self.coverage
+            f"{r.part:10}{r.tensors:>9,}{r.parameters:>21,}{r.bytes_before:>21,}{r.bytes_after:>21,.0f}"
+            for r in self.coverage
         ]
         before, after = sum(r.bytes_before for r in self.coverage), sum(r.bytes_after for r in self.coverage)
-        lines.append(f"{'model':10}{sum(r.tensors for r in self.coverage):>9,}{sum(r.parameters for r in self.coverage):>21,}"
-                     f"{before:>21,}{after:>21,.0f}   {after / before:.1%} of BF16")
+        lines.append(
+            f"{'model':10}{sum(r.tensors for r in self.coverage):>9,}{sum(r.parameters for r in self.coverage):>21,}"
+            f"{before:>21,}{after:>21,.0f}   {after / before:.1%} of BF16"
+        )
         return "\n".join(lines)
 
     def as_json(self) -> dict[str, object]:
@@ -79,7 +82,10 @@ def select(model: nn.Module, config: QuantConfig) -> Selection:
     experts = {e.name: e for e in find_experts(model)}
     if config.format is QuantFormat.none:
         return Selection((), coverage(parameters, set(), set()))
-    chosen, skipped = match(config.select, parameters, experts, "select"), match(config.skip, parameters, experts, "skip")
+    chosen, skipped = (
+        match(config.select, parameters, experts, "select"),
+        match(config.skip, parameters, experts, "skip"),
+    )
     forgotten = sorted(set(experts) - chosen - skipped)
     if forgotten:
         raise ConfigError(
@@ -93,7 +99,9 @@ def select(model: nn.Module, config: QuantConfig) -> Selection:
         check_blocks(parameters[name].shape[dim], f"the reduction dimension of {name}")
         tensors.append(Selected(name, tuple(parameters[name].shape), dim, layer_index(name)))
     if not tensors:
-        raise ConfigError("quant.select and quant.skip together leave nothing to quantise; use quant=none for a BF16 run")
+        raise ConfigError(
+            "quant.select and quant.skip together leave nothing to quantise; use quant=none for a BF16 run"
+        )
     return Selection(tuple(tensors), coverage(parameters, {t.name for t in tensors}, skipped))
 
 
@@ -142,12 +150,20 @@ def set_trainable(model: nn.Module, patterns: list[str], selection: Selection) -
     names = [n for n, _ in model.named_parameters()]
     chosen: set[str] = set()
     for pattern in patterns:
-        found = set(selection.names) if pattern == "quantized" else {n for n in names if pattern == "all" or fnmatch(n, pattern)}
+        found = (
+            set(selection.names)
+            if pattern == "quantized"
+            else {n for n in names if pattern == "all" or fnmatch(n, pattern)}
+        )
         if not found and not (pattern == "quantized" and not selection.tensors):
-            raise ConfigError(f"trainable.patterns='{pattern}' matched no parameter; names look like {names[len(names) // 2]}")
+            raise ConfigError(
+                f"trainable.patterns='{pattern}' matched no parameter; names look like {names[len(names) // 2]}"
+            )
         chosen |= found
     if not chosen:
-        raise ConfigError("nothing is trained: trainable.patterns=[quantized] with quant=none; set trainable.patterns=[all]")
+        raise ConfigError(
+            "nothing is trained: trainable.patterns=[quantized] with quant=none; set trainable.patterns=[all]"
+        )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
     return [n for n in names if n in chosen]
@@ -156,6 +172,6 @@ def set_trainable(model: nn.Module, patterns: list[str], selection: Selection) -
 def refuse_transposed_shard(tensor: Selected) -> None:
     """Shards of a flattened parameter hold whole blocks only along its last dimension."""
     raise UnsupportedError(
-        f"{tensor.name} {tensor.shape} is quantised along dimension {tensor.dim}, so a ZeRO-3 shard of it cuts blocks of "
-        f"{BLOCK} apart; use qat=fake_quant, or parallel=zero2"
+        f"{tensor.name} {tensor.shape} is quantised along dimension {tensor.dim}, so a ZeRO-3 shard of it cuts "
+        f"blocks of {BLOCK} apart; use qat=fake_quant, or parallel=zero2"
     )

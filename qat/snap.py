@@ -60,10 +60,14 @@ class Quantiser:
         tensor = self.tensors[shard.name]
         if tensor.dim == -1:
             if shard.start % BLOCK or shard.flat.numel() % BLOCK:
-                raise FormatError(f"the shard of {shard.name} at {shard.start} (+{shard.flat.numel()}) cuts a block of {BLOCK}")
+                raise FormatError(
+                    f"the shard of {shard.name} at {shard.start} (+{shard.flat.numel()}) cuts a block of {BLOCK}"
+                )
             snap_(shard.flat, self.config.rule, flag=self.flag)
         elif shard.whole:
-            snap_transposed_(shard.flat.view(shard.shape), tensor.dim, lambda w: snap_(w, self.config.rule, flag=self.flag))
+            snap_transposed_(
+                shard.flat.view(shard.shape), tensor.dim, lambda w: snap_(w, self.config.rule, flag=self.flag)
+            )
         else:
             refuse_transposed_shard(tensor)
 
@@ -157,8 +161,8 @@ def require_grid(weight: Tensor, tensor: Selected) -> None:
     for index, one in enumerate(weight.detach() if weight.dim() == 3 else (weight.detach(),)):
         if not on_grid(one, tensor.dim):
             raise FormatError(
-                f"{tensor.name}[{index}] is not on the MXFP4 grid inside the forward: something rewrote the working copy "
-                "after the snap; under DeepSpeed keep stage3_param_persistence_threshold at 0"
+                f"{tensor.name}[{index}] is not on the MXFP4 grid inside the forward: something rewrote the "
+                "working copy after the snap; under DeepSpeed keep stage3_param_persistence_threshold at 0"
             )
 
 
@@ -172,5 +176,3 @@ def ptq_(model: nn.Module, selection: Selection, config: QuantConfig) -> None:
                 snap_(weight, config.rule)
             else:
                 snap_transposed_(weight, tensor.dim, lambda w: snap_(w, config.rule))
-
-

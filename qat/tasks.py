@@ -19,8 +19,8 @@ from torch import nn
 from tqdm import tqdm
 
 from core.errors import ConfigError, DataError
+from core.train.data.chat import conversation
 from core.train.data.documents import Record, jsonl_records
-from core.train.data.encode import normal, with_tools
 from qat.config import EvalConfig
 from qat.grade import right_calls, right_number, right_program
 
@@ -109,8 +109,8 @@ def score(model: nn.Module, tokenizer: Any, config: EvalConfig, name: str, recor
 
 
 def prompt_ids(record: Record, tokenizer: Any) -> list[int]:
-    messages, tools = with_tools(record, tokenizer)
-    text = tokenizer.apply_chat_template(normal(messages), tools=tools, tokenize=False, add_generation_prompt=True)
+    messages, tools = conversation(record, tokenizer)
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 

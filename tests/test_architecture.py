@@ -1,4 +1,4 @@
-"""The rules of docs/structure.md that a program can check: who imports whom, sizes, one definition, configs that compose."""
+"""The rules of docs/structure.md that a program can check: imports, sizes, one definition, configs that compose."""
 
 import ast
 from pathlib import Path
@@ -91,7 +91,9 @@ def test_no_import_of_another_library_is_patched() -> None:
     """Assigning to an attribute of an imported module is monkeypatching."""
     for path in ALL:
         tree = ast.parse(path.read_text())
-        modules = {a.asname or a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        modules = {
+            a.asname or a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names
+        }
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign):
                 for target in node.targets:

@@ -136,7 +136,14 @@ class Loop:
         return total
 
     def log(
-        self, step: int, stats: dict[str, Tensor], targets: int, grad_norm: float | Tensor, factor: float, began: float, bar: tqdm
+        self,
+        step: int,
+        stats: dict[str, Tensor],
+        targets: int,
+        grad_norm: float | Tensor,
+        factor: float,
+        began: float,
+        bar: tqdm,
     ) -> None:
         names = sorted(stats)
         summed = self.engine.sum_over_ranks(torch.stack([stats[n].double().reshape(()) for n in names]))
@@ -166,11 +173,15 @@ class Loop:
         try:
             torch.save(random_state(), partial / f"random-{self.engine.rank}.pt")
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"cannot write {partial}: {error}; free space; the previous checkpoint is kept") from error
+            raise CheckpointError(
+                f"cannot write {partial}: {error}; free space; the previous checkpoint is kept"
+            ) from error
         hook_state = self.hook.state_dict()
         if self.engine.rank == 0:
             torch.save(hook_state, partial / "hook.pt")
-            write_json(partial / "loop.json", {"step": step, "stream": self.stream.state_dict(), "world": self.engine.world})
+            write_json(
+                partial / "loop.json", {"step": step, "stream": self.stream.state_dict(), "world": self.engine.world}
+            )
         barrier(self.engine)
         if self.engine.rank == 0:
             shutil.rmtree(final, ignore_errors=True)
@@ -255,5 +266,3 @@ def out_of_memory(error: torch.OutOfMemoryError) -> str:
         f"out of GPU memory ({detail}); lower train.micro_batch_size or data.seq_len, set "
         "train.activation_checkpointing=true, lower loss.chunk_tokens, or spread over GPUs with parallel=zero3"
     )
-
-

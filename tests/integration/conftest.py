@@ -25,7 +25,14 @@ class Cli:
         words = [sys.executable, "-m", module, *overrides, f"run.root={self.root}", f"run.cache={self.cache}"]
         environment = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run(
-            words, cwd=ROOT, env=environment, capture_output=True, text=True, preexec_fn=preexec, timeout=600, check=False
+            words,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            preexec_fn=preexec,
+            timeout=600,
+            check=False,
         )
 
     def demo(self, *overrides: str, **kwargs: object) -> subprocess.CompletedProcess[str]:

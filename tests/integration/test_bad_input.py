@@ -75,7 +75,10 @@ def test_missing_tensor(cli: Cli, base: Path, tmp_path: Path) -> None:
         (["model=mimo_v2_flash"], ["model=mimo_v2_flash", "hf download", "model.path"]),
         (["model=path", "model.path=/nowhere"], ["/nowhere", "config.json"]),
         (["quant.select=[model.layers.99.*]"], ["model.layers.99.*", "matched no parameter"]),
-        (["quant.select=[model.layers.1.mlp.experts.*]", "model.nano.num_hidden_layers=3"], ["leaves out", "quant.skip"]),
+        (
+            ["quant.select=[model.layers.1.mlp.experts.*]", "model.nano.num_hidden_layers=3"],
+            ["leaves out", "quant.skip"],
+        ),
         (["quant=none"], ["trainable.patterns"]),
         (["data=jsonl"], ["FP4FLASH_DATA"]),
         (["parallel=fsdp2"], ["fsdp2"]),
@@ -84,7 +87,9 @@ def test_missing_tensor(cli: Cli, base: Path, tmp_path: Path) -> None:
     ],
     ids=lambda v: v[0] if isinstance(v, list) else None,
 )
-def test_configuration(cli: Cli, finished: Path, overrides: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configuration(
+    cli: Cli, finished: Path, overrides: list[str], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("FP4FLASH_DATA", raising=False)
     one_line(cli.demo(*overrides), *words)
 
@@ -123,7 +128,9 @@ def test_full_disk_during_a_save_keeps_the_old_checkpoint(cli: Cli, finished: Pa
 def test_out_of_gpu_memory_says_what_to_change() -> None:
     from core.train.loop import out_of_memory
 
-    line = out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Of the allocated memory 3"))
+    line = out_of_memory(
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Of the allocated memory 3")
+    )
     assert "micro_batch_size" in line and "activation_checkpointing" in line and "\n" not in line
 
 

@@ -52,7 +52,11 @@ def test_snap_and_fake_quant_have_bit_identical_losses(cli: Cli, finished: Path)
     assert cli.demo("run.name=fake", "qat=fake_quant").returncode == 0
 
     def losses(run: Path) -> list[float]:
-        return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in json.loads(line)]
+        return [
+            json.loads(line)["loss"]
+            for line in (run / "metrics.jsonl").read_text().splitlines()
+            if "loss" in json.loads(line)
+        ]
 
     assert losses(cli.root / "fake") == losses(finished)
     for name, weight in model_tensors(cli.root / "fake" / "model").items():
