@@ -10,7 +10,9 @@ from core.train.config import OptimConfig, OptimName, ParallelConfig, ParallelMo
 from core.train.engine import Engine, LossFn
 from core.train.local import LocalEngine
 
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29533"}
+ALONE = {  # a world of one, at any free port
+    "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "0",
+}  # fmt: skip
 REFUSED = {
     ParallelMode.fsdp2: "parallel=fsdp2 is not supported: FSDP2 shards along dimension 0 as DTensors and its "
     "mixed-precision copies are rebuilt in every forward, so a snapped working copy would not survive; "

@@ -15,6 +15,7 @@ Experts are one fused parameter in one module, so every rank gathers the same mo
 router decides; DeepSpeed's leaf modules, made for experts that are modules of their own, are not needed (and its
 backward fails on a leaf that holds parameters itself, 0.19.8).
 
+The model arrives whole on every rank and is divided here (no zero.Init): each process first needs room for all of it.
 CPU offload is tested; NVMe offload is passed on to DeepSpeed and untested.
 """
 

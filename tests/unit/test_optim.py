@@ -235,8 +235,8 @@ def test_both_solve_a_least_squares_problem(name: OptimName) -> None:
     def loss() -> Tensor:
         return ((params["experts.up"].float() - target) @ x).square().mean()
 
-    first = float(loss())
+    first = loss().item()
     for step in range(200):
         loss().backward()
         optimizer.step(lr_factor(config, step, 200))
-    assert float(loss()) < first / 100
+    assert loss().item() < first / 100
