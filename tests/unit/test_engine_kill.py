@@ -18,7 +18,7 @@ from core.run import Run
 from core.train.batch import Batch
 from core.train.config import OptimConfig, TrainConfig
 from core.train.loop import Loop, NoHook
-from tests.unit.test_engine import assert_same, batch_of, engine_of, state_of
+from tests.engine_cases import assert_same, batch_of, engine_of, state_of
 
 CHANGES = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync")
 WALL_CLOCK = {"wall_s", "tokens_per_s"}
