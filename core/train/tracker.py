@@ -4,7 +4,7 @@ wandb works without a network: set WANDB_MODE=offline and sync later.
 """
 
 from collections.abc import Callable
-from numbers import Number
+
 from pathlib import Path
 from typing import Any, Protocol
 
