@@ -7,6 +7,7 @@ sigmoid router with correction bias, dense first layer), so the demo walks the r
 import hashlib
 import json
 import os
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -79,10 +80,10 @@ def nano_config(nano: NanoConfig, pad: int, eos: int) -> MiMoV2Config:
 
 
 def nano_base(config: QATConfig) -> Path:
-    """The trained BF16 nano model for this geometry, text and seed; from the cache when it is there."""
+    """The trained BF16 nano model for this geometry, text (Python's own) and seed; from the cache when it is there."""
     nano, data = config.model.nano, config.data
     assert nano is not None, "configs/model/nano_mimo_v2.yaml sets it"
-    key = json.dumps([asdict(nano), asdict(data), config.train.seed], default=str, sort_keys=True)
+    key = json.dumps([asdict(nano), asdict(data), config.train.seed, sys.version], default=str, sort_keys=True)
     cache = Path(config.run.cache)
     name = f"nano-base-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     result = cache / name / "model"

@@ -228,7 +228,7 @@ def announce(config: QATConfig, say: Any) -> None:
             "For a real one: python -m qat.train +experiment=mimo_fp4 model=mimo_v2_flash model.path=DIR (see --help)\n"
         )
     else:
-        say(f"Model: {config.model.name} from {config.model.path}")
+        say(f"Model: {config.model.name}" + (f" from {config.model.path}" if config.model.path else ""))
 
 
 def share(value: Any, world: int) -> Any:

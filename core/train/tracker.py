@@ -4,7 +4,6 @@ wandb works without a network: set WANDB_MODE=offline and sync later.
 """
 
 from collections.abc import Callable
-
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +57,7 @@ class TensorboardTracker:
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:
-    return {k: float(v) for k, v in values.items() if isinstance(v, Number) and k != "step"}
+    return {k: float(v) for k, v in values.items() if isinstance(v, int | float) and k != "step"}
 
 
 TRACKERS: dict[TrackerName, Callable[[TrackerConfig, Path], Tracker]] = {

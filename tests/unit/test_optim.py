@@ -128,7 +128,9 @@ def factors(steps: int, **kwargs: object) -> list[float]:
 
 def test_schedules() -> None:
     assert factors(4, schedule=Schedule.constant, warmup=0.5) == [0.5, 1.0, 1.0, 1.0]
-    assert factors(5, schedule=Schedule.linear, warmup=0.2, min_lr_ratio=0.2) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert factors(5, schedule=Schedule.linear, warmup=0.2, min_lr_ratio=0.2) == pytest.approx(
+        [1.0, 0.8, 0.6, 0.4, 0.2]
+    )
     cosine = factors(10, schedule=Schedule.cosine, warmup=0.2, min_lr_ratio=0.1)
     assert cosine[:2] == [0.5, 1.0]
     assert cosine[5] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 4 / 8)))
