@@ -24,8 +24,8 @@ CLOCK_FIELDS = ("wall_s", "tokens_per_s")
 
 def command(root: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "qat.train", "+experiment=mimo_fp4", "+debug=tiny", "train.steps=30",
-        "train.save_every=3", "train.eval_every=10", f"run.root={root}", f"run.cache={root.parent / 'cache'}", *more,
+        sys.executable, "-m", "qat.train", "+experiment=mimo_fp4", "+debug=tiny", "train.steps=300",
+        "train.save_every=3", "train.eval_every=50", f"run.root={root}", f"run.cache={root.parent / 'cache'}", *more,
     ]  # fmt: skip
 
 
