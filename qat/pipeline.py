@@ -156,7 +156,7 @@ class Evaluator:
 def finish(config: QATConfig, run: Run, base: Path, selection: Selection, target: torch.device) -> Run:
     """Evaluate the arms on rank 0 and write the report."""
     if run.rank == 0:
-        write_json(run.folder / "selection.json", selection.as_json())
+        write_json(run.folder / "selection.json", selection.as_json() | {"rule": config.quant.rule.value})
         run.update(base=str(base.resolve()))
         if config.eval.compare:
             print(compare(config, run, base, selection, target))

@@ -65,16 +65,27 @@ class Checkpoint:
     def read(self, name: str) -> Tensor:
         """One tensor, freshly allocated on the CPU (not memory-mapped: pages of a mapped file count as ours)."""
         entry = self.entries[name]
-        raw = torch.empty(entry.nbytes, dtype=torch.uint8)
-        if entry.nbytes:
-            with entry.file.open("rb", buffering=0) as file:
-                file.seek(entry.start)
-                read_exactly(file, raw.numpy().data, entry)
-        return raw.view(entry.dtype).reshape(entry.shape)
+        return read_bytes(entry, 0, entry.nbytes).view(entry.dtype).reshape(entry.shape)
+
+    def read_row(self, name: str, row: int) -> Tensor:
+        """Index `row` of the first dimension alone, e.g. one expert of a fused tensor."""
+        entry = self.entries[name]
+        size = entry.nbytes // entry.shape[0]
+        return read_bytes(entry, row * size, size).view(entry.dtype).reshape(entry.shape[1:])
 
     @property
     def largest_shard(self) -> int:
         return max(file.stat().st_size for file in {e.file for e in self.entries.values()})
+
+
+def read_bytes(entry: Entry, offset: int, size: int) -> Tensor:
+    """uint8 [size] from `offset` inside a tensor."""
+    raw = torch.empty(size, dtype=torch.uint8)
+    if size:
+        with entry.file.open("rb", buffering=0) as file:
+            file.seek(entry.start + offset)
+            read_exactly(file, raw.numpy().data, entry)
+    return raw
 
 
 def read_exactly(file: Any, target: memoryview, entry: Entry) -> None:

@@ -10,11 +10,14 @@ under an explicit pattern (MTP blocks, vision, audio), or named in an error. The
     self_attn.sinks                         self_attn.attention_sink_bias             MiMo-V2
     self_attn.{q,k,v}_proj.weight           self_attn.qkv_proj.weight, chunked        MiMo-V2.5/2.6, see fp8.py
     mlp.experts.gate_up_proj [E, H, 2I]     the same name, or *_blocks and *_scales   GPT-OSS
+
+Any `weight` may be stored as `weight_packed` with `weight_scale` (compressed-tensors): the plan speaks of `weight` and
+`Plan.stored` says what the file calls it.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from torch import Tensor
@@ -68,6 +71,7 @@ FAMILIES = {
 }
 OLD_BUFFERS = re.compile(r".*\.rotary_emb\.inv_freq")  # written by transformers of 2023; recomputed, never read
 SCALES = ("_scale_inv", "_scale")
+PACKED = "_packed"
 EXPERT_TENSOR = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 QKV = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.(weight|bias)")
 
@@ -79,6 +83,7 @@ class Plan:
     recipes: dict[str, Recipe]
     carried: tuple[str, ...]
     scales: dict[str, str]  # quantised key -> key of its scales
+    stored: dict[str, str] = field(default_factory=dict)  # key -> its name in the files, where that differs
 
 
 def family_of(model_type: str) -> Family:
@@ -96,7 +101,9 @@ def make_plan(
     Raises:
         CheckpointError: a tensor cannot be filled (named, with what was looked for), or a key is left over.
     """
-    family, keys = family_of(model_type), checkpoint.entries.keys()
+    family = family_of(model_type)
+    stored = {k.removesuffix(PACKED): k for k in checkpoint.entries if k.endswith(f".weight{PACKED}")}
+    keys = (checkpoint.entries.keys() - stored.values()) | stored.keys()
     tied = set(tied)
     recipes: dict[str, Recipe] = {}
     for name, shape in shapes.items():
@@ -117,7 +124,7 @@ def make_plan(
         recipes[name] = found
     used = {key for recipe in recipes.values() for key in recipe.keys}
     scales = {key: key + end for key in used for end in SCALES if key + end in keys}
-    left = [k for k in keys if k not in used and k not in scales.values() and not OLD_BUFFERS.fullmatch(k)]
+    left = [k for k in sorted(keys) if k not in used and k not in scales.values() and not OLD_BUFFERS.fullmatch(k)]
     layers = checkpoint.config.get("num_hidden_layers")
     carried = tuple(k for k in left if is_carried(family, k, layers))
     unknown = next((k for k in left if k not in carried and k not in tied), None)
@@ -126,7 +133,7 @@ def make_plan(
             f"{checkpoint.folder} holds {unknown}, which a {model_type} model has no place for; "
             "it would be lost, so loading stops"
         )
-    return Plan(recipes, carried, scales)
+    return Plan(recipes, carried, scales, stored)
 
 
 def candidates(family: Family, name: str, shape: tuple[int, ...]) -> list[Recipe]:

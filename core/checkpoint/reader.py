@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from core.checkpoint.fp8 import dequantise_fp8, dequantise_gpt_oss, dequantise_mxfp4, split_fused_qkv
-from core.checkpoint.index import Checkpoint
+from core.checkpoint.index import Checkpoint, Entry
 from core.checkpoint.keymap import Kind, Plan, Recipe
 from core.errors import CheckpointError
 
@@ -30,23 +30,24 @@ class Reader:
     ) -> Iterator[tuple[str, Tensor]]:
         """(name, CPU tensor) in the order of the checkpoint's files; None: FP32 and FP16 stay, else BF16."""
         for name in self.order(wanted):
-            first = self.checkpoint.entries[self.plan.recipes[name].keys[0]].dtype
-            kept = first if first in (torch.float32, torch.float16) else torch.bfloat16
-            out = torch.empty(self.shapes[name], dtype=dtype or kept)
+            out = torch.empty(self.shapes[name], dtype=dtype or self.dtype(self.plan.recipes[name].keys[0]))
             self.fill(name, out)
             yield name, out
+
+    def entry(self, key: str) -> Entry:
+        """Where `key` lies, under whatever name the file has for it."""
+        return self.checkpoint.entries[self.plan.stored.get(key, key)]
+
+    def dtype(self, key: str) -> torch.dtype:
+        """What a key decodes to: FP32 and FP16 stay, all else is BF16."""
+        found = self.entry(key).dtype
+        return found if found in (torch.float32, torch.float16) else torch.bfloat16
 
     def order(self, wanted: Collection[str] | None = None) -> list[str]:
         """Names to read, sorted by where they lie, so that disks are read forwards."""
         names = [n for n in self.plan.recipes if wanted is None or n in wanted]
-        entries = self.checkpoint.entries
-        return sorted(
-            names,
-            key=lambda n: (
-                str(entries[self.plan.recipes[n].keys[0]].file),
-                entries[self.plan.recipes[n].keys[0]].start,
-            ),
-        )
+        first = {n: self.entry(self.plan.recipes[n].keys[0]) for n in names}
+        return sorted(names, key=lambda n: (str(first[n].file), first[n].start))
 
     def fill(self, name: str, out: Tensor) -> None:
         """Write the tensor `name` into `out` (its whole shape, any device, cast to its dtype)."""
@@ -68,7 +69,7 @@ class Reader:
 
     def assemble(self, name: str, recipe: Recipe, out: Tensor) -> Tensor:
         if recipe.kind is Kind.qkv:
-            return self.fetch_qkv(name, recipe)
+            return self.split_qkv(name, recipe)[recipe.part]
         if recipe.kind is Kind.gpt_oss:
             blocks, scales = (self.checkpoint.read(key) for key in recipe.keys)
             if (
@@ -85,10 +86,10 @@ class Reader:
 
     def fetch(self, key: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """One checkpoint tensor, dequantised if it is stored quantised."""
-        stored = self.checkpoint.entries[key]
+        stored = self.entry(key)
         if shape is not None and key not in self.plan.scales and stored.shape != shape:
             raise wrong_shape(key, stored.shape, shape)
-        tensor = self.checkpoint.read(key)
+        tensor = self.checkpoint.read(stored.name)
         if key not in self.plan.scales:
             if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
                 raise CheckpointError(
@@ -104,13 +105,14 @@ class Reader:
             )
         return dequantise_fp8(tensor, scale, key)
 
-    def fetch_qkv(self, name: str, recipe: Recipe) -> Tensor:
+    def split_qkv(self, name: str, recipe: Recipe) -> tuple[Tensor, ...]:
+        """(Q, K, V) of the fused tensor that `name` (any of the three) is a part of."""
         key = recipe.keys[0]
         stem = name.rsplit(".", 2)[0]
         q, k, v = (self.shapes[f"{stem}.{p}_proj.weight"][0] for p in "qkv")
         scale = self.checkpoint.read(self.plan.scales[key]) if key in self.plan.scales else None
         fused = self.checkpoint.read(key)
-        return split_fused_qkv(fused, scale, self.qkv_chunks, (q, k, v), key)[recipe.part]
+        return split_fused_qkv(fused, scale, self.qkv_chunks, (q, k, v), key)
 
     def check(self, key: str, piece: Tensor, shape: tuple[int, ...]) -> None:
         if tuple(piece.shape) != shape:
@@ -119,8 +121,7 @@ class Reader:
             low, high = piece.aminmax()
             if not (torch.isfinite(low) and torch.isfinite(high)):
                 raise CheckpointError(
-                    f"{key} in {self.checkpoint.entries[key].file} has a NaN or Inf; "
-                    "the checkpoint is damaged, download it again"
+                    f"{key} in {self.entry(key).file} has a NaN or Inf; the checkpoint is damaged, download it again"
                 )
 
 

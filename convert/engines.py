@@ -1,0 +1,67 @@
+"""What each engine does with each format, traps included. Facts with their source; dates matter, so they are given.
+
+State of October 2026, from the loaders' code and their issue threads (numbers: issues or pull requests in the
+engine's repository). transformers 5.23 is tested here. vLLM, SGLang and llama.cpp are not installed in our CI: their
+rows say what their code reads, and tests/unit/test_convert_contracts.py holds our files against that.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    engine: str
+    does: str
+    trap: str = ""
+
+
+TABLE: dict[str, tuple[Row, ...]] = {
+    "hf": (
+        Row("transformers", "loads; experts are decompressed to BF16 (dequantize=True does it at load time)",
+            "MiMo-V2 with window KV heads other than twice the full ones (V2.5-Pro) is beyond its class"),
+        Row("vLLM", "loads (#31926, #32285)", "serves W4A4 on SM100 and newer although the file says W4A16 (#56770)"),
+        Row("SGLang", "loads from CompressedTensorsW4A16Mxfp4MoE on (Marlin)",
+            "needs hidden % 128 = 0 and expert width % 64 = 0; older versions: KeyError w2_weight_packed"),
+        Row("llama.cpp", "does not read it", "export --to gguf"),
+    ),
+    "bf16": (
+        Row("transformers", "loads", "V2.5-Pro geometry is beyond its MiMo class"),
+        Row("vLLM", "loads", "four times the memory of MXFP4"),
+        Row("SGLang", "loads", "four times the memory of MXFP4"),
+        Row("llama.cpp", "its converter reads it", "converting there requantises; export --to gguf keeps the codes"),
+    ),
+    "mimo": (
+        Row("transformers", "does not read it", "export --to hf"),
+        Row("vLLM", "loads since #57784 (fp8 + store_dtype=mxfp4)", "older versions take the experts for FP8"),
+        Row("SGLang", "V2.6 models since #40448; #27638 dequantises to block FP8", "else: KeyError w2_weight_scale"),
+        Row("llama.cpp", "does not read it", "export --to gguf"),
+    ),
+    "gpt-oss": (
+        Row("transformers", "loads; without a GPU or with an old triton it dequantises to BF16",
+            "saving it again there assumes 90 groups of 32 (a width of 2880)"),
+        Row("vLLM", "loads, for model_type gpt_oss only"),
+        Row("SGLang", "loads"),
+        Row("llama.cpp", "its converter repacks it"),
+    ),
+    "quark": (
+        Row("transformers", "needs the quark package; not tested here"),
+        Row("vLLM", "loads (quark_moe.py), weight-only accepted"),
+        Row("SGLang", "refuses: its loader demands dynamic FP4 inputs"),
+        Row("llama.cpp", "does not read it", "export --to gguf"),
+    ),
+    "gguf": (
+        Row("transformers", "does not read MXFP4 GGUF"),
+        Row("vLLM", "experimental GGUF support; not tested here"),
+        Row("SGLang", "experimental GGUF support; not tested here"),
+        Row("llama.cpp", "loads MIMO2, QWEN3MOE and GPT_OSS with the MXFP4 type (39)", "older builds lack type 39"),
+    ),
+    "dcp": (
+        Row("torch.distributed.checkpoint", "loads at any world size", "its metadata is a pickle: load only your own"),
+    ),
+}  # fmt: skip
+
+
+def engine_table(format_name: str) -> str:
+    rows = TABLE.get(format_name, ())
+    lines = [f"{r.engine:<14}{r.does}" + (f"\n{'':<14}trap: {r.trap}" if r.trap else "") for r in rows]
+    return "\n".join(lines)

@@ -1,0 +1,202 @@
+"""`python -m convert.export --to hf`: a trained checkpoint in the layout an engine loads.
+
+python -m convert.export --to hf                        the latest finished run, written beside its model/
+python -m convert.export --to mimo --from DIR --out OUT
+python -m convert.export --to hf --from DIR --ptq even  a model that never saw QAT, rounded here and marked as such
+python -m convert.export --to hf --dry-run              every tensor: source -> destination, dtype, bytes
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import ConfigError, Fp4FlashError, UnsupportedError
+
+TARGETS = ("hf", "bf16", "mimo", "gpt-oss", "quark", "dcp")
+COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "chat_template.jinja")
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--to", required=True, choices=TARGETS, help="hf: compressed-tensors (GPT-OSS: its own layout)")
+    parser.add_argument("--from", dest="folder", help="run or checkpoint folder (default: the latest finished run)")
+    parser.add_argument("--out", help="folder to write (default: beside the source, named after the format)")
+    parser.add_argument("--what", choices=("target", "drafter", "both"), default="target")
+    parser.add_argument("--ptq", choices=("even", "floor", "rceil"), help="round an untrained model by this scale rule")
+    parser.add_argument(
+        "--select", nargs="+", help="with --ptq: fnmatch patterns of model tensors (default: all experts)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    parser.add_argument("--workers", type=int, default=2, help="threads that pack ahead of the writer")
+    parser.add_argument("--shard-gb", type=float, default=4.0, help="largest file, in GiB")
+    parser.add_argument("--runs", default="runs", help="where runs are")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    options = arguments(words)
+    try:
+        run(options)
+    except Fp4FlashError as error:
+        print(f"convert.export: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convert.export: interrupted; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def run(options: argparse.Namespace) -> None:
+    from convert.formats import format_named
+    from convert.plan import make_plan, table
+    from convert.source import open_source
+
+    if options.what != "target":
+        raise UnsupportedError(
+            f"--what {options.what}: no drafter trainer exists yet, so there is none to export; use --what target"
+        )
+    if options.workers < 1 or options.shard_gb <= 0:
+        raise ConfigError(f"--workers {options.workers} --shard-gb {options.shard_gb}: both must be positive")
+    folder = Path(options.folder) if options.folder else latest_run(Path(options.runs))
+    source = open_source(folder, selected(options, folder))
+    format = format_named("bf16" if options.to == "dcp" else options.to, source)
+    plan = make_plan(format, source, int(options.shard_gb * 2**30))
+    name = "dcp" if options.to == "dcp" else format.name
+    out = Path(options.out) if options.out else beside(folder, name)
+    print(f"From {source.folder}{'' if options.folder else ' (the latest finished run)'} to {out}, format {name}")
+    print(summary(plan, source, options.ptq))
+    if options.dry_run:
+        print(table(plan))
+        return
+    (write_as_dcp if name == "dcp" else write)(source, format, plan, out, ptq=options.ptq, workers=options.workers)
+    print(f"Written: {out}; check it with: python -m convert.verify {out}")
+
+
+def selected(options: argparse.Namespace, folder: Path) -> list[str] | None:
+    """Model tensors that --select names."""
+    from fnmatch import fnmatch
+
+    from core.models.load import meta_model
+
+    if not options.select:
+        return None
+    if not options.ptq:
+        raise ConfigError("--select is for --ptq; a trained model's selection is what it was trained with")
+    names = list(meta_model(folder)[0].state_dict())
+    for pattern in options.select:
+        if not any(fnmatch(n, pattern) for n in names):
+            raise ConfigError(f"--select {pattern!r} matches no tensor of {folder}; names look like {names[-2]}")
+    return [n for n in names if any(fnmatch(n, p) for p in options.select)]
+
+
+def latest_run(root: Path) -> Path:
+    """The newest finished run under `root`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    from core.checkpoint.index import read_json
+
+    found = [p.parent for p in root.glob("*/run.json") if not p.parent.is_symlink()]
+    finished = [
+        f for f in found if read_json(f / "run.json").get("state") == "finished" and (f / "selection.json").exists()
+    ]
+    if not finished:
+        raise ConfigError(
+            f"no finished run under {root}; train one (python -m qat.train +experiment=mimo_fp4), or name a folder "
+            "with --from"
+        )
+    return max(finished, key=lambda f: (f / "run.json").stat().st_mtime)
+
+
+def beside(folder: Path, name: str) -> Path:
+    folder = folder.resolve()
+    return folder / name if (folder / "run.json").is_file() else folder.with_name(f"{folder.name}-{name}")
+
+
+def summary(plan: Any, source: Any, ptq: str | None) -> str:
+    packed = source.quantised
+    before = sum(i.nbytes for i in packed)
+    after = sum(i.nbytes * 17 // 64 for i in packed)  # 4.25 of 16 bits
+    how = f"rounded here by the {ptq} rule (PTQ)" if ptq else "as trained"
+    lines = [f"{len(plan.jobs):,} tensors in {len(plan.shards)} files, {plan.nbytes / 1e9:.3f} GB"]
+    if packed:
+        share = f"{after / before:.2%}"
+        lines.append(f"MXFP4: {len(packed):,} tensors, {before / 1e9:.3f} GB of BF16 in {share} of the bytes, {how}")
+    return "\n".join(lines)
+
+
+def write(
+    source: Any, format: Any, plan: Any, out: Path, *, ptq: str | None = None, workers: int = 2, encoder: Any = None
+) -> dict[str, Any]:
+    """Write the export and return its manifest. `encoder`: a faster drop-in for core.mxfp4.encode.
+
+    Raises:
+        CheckpointError: `out` is not empty, or cannot be written. FormatError: a quantised tensor is off the grid.
+    """
+    from convert import write as files
+    from convert.manifest import build
+    from convert.packer import Packer
+    from convert.source import MANIFEST
+    from core.checkpoint.writer import write_text
+    from core.models.load import TOKENIZER_FILES
+    from core.mxfp4 import ScaleRule
+
+    rule = ScaleRule(ptq) if ptq else source.rule
+    if ptq and source.rule is not None:
+        raise ConfigError(f"--ptq {ptq}: {source.folder} was quantised already ({source.rule.value}); leave --ptq out")
+    packer = Packer(source, rule or ScaleRule.even, ptq is not None, **({"encoder": encoder} if encoder else {}))
+    target = files.Target(out)
+    target.check()
+    with files.named_failures(target):
+        files.begin(target, files.fingerprint(plan, source, {"format": format.name, "rule": str(rule), "ptq": ptq}))
+        files.write_shards(plan, packer, target, workers)
+        for name in (*TOKENIZER_FILES, *COPIED):
+            if (source.folder / name).is_file():
+                shutil.copyfile(source.folder / name, target.part / name)
+        write_text(target.part / "config.json", json.dumps(format.config(source), indent=2, sort_keys=True) + "\n")
+        files.write_index(plan, target, getattr(format, "index_metadata", dict)())
+        coverage = {
+            "quantised": len(source.quantised),
+            "tensors": len(source.items),
+            "carried": len(source.carried),
+            "bytes": plan.nbytes,
+        }
+        named = rule.value if rule and source.quantised else None
+        manifest = build(
+            source, format.name, named, bool(ptq), packer.hashes, packer.reencoded, packer.carried, coverage
+        )
+        write_text(target.part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        files.finish(target)
+    return manifest
+
+
+def write_as_dcp(source: Any, format: Any, plan: Any, out: Path, **options: Any) -> dict[str, Any]:
+    """Bake into BF16 in a temporary folder beside `out`, and save that through torch.distributed.checkpoint."""
+    import tempfile
+
+    from convert import write as files
+    from convert.formats.dcp import write_dcp
+    from convert.source import MANIFEST
+    from core.checkpoint.writer import write_text
+
+    target = files.Target(out)
+    target.check()
+    with files.named_failures(target), tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".dcp-") as place:
+        baked = Path(place) / "baked"
+        manifest = write(source, format, plan, baked, **options) | {"format": "dcp"}
+        files.begin(target, "")
+        write_dcp(baked, target.part)
+        write_text(target.part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        files.finish(target)
+    return manifest
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""`bf16`: snapped values baked into BF16 under the hub's names. Every engine that knows the model loads it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from convert.formats.config import base_config
+from convert.plan import Job, copy_job
+from convert.source import Source
+
+
+class BF16:
+    name = "bf16"
+
+    def refuse(self, source: Source) -> None:
+        """Nothing is refused: a canonical tensor is what BF16 checkpoints hold."""
+
+    def jobs(self, source: Source) -> Iterator[Job]:
+        return map(copy_job, source.items)
+
+    def config(self, source: Source) -> dict[str, Any]:
+        return base_config(source)
