@@ -5,7 +5,7 @@ Shards collect in a hidden folder `.<out>.part`; a journal beside it says which 
 all are there, configuration, index and manifest follow, and the folder is renamed to `out`. A killed export leaves
 `out` absent; the same command continues behind the last whole shard. Another plan (source, options) starts anew.
 
-Memory: at most one shard's worth of tensors is in the making at a time (or one tensor, when that is larger).
+Memory: a few tensors are in the making at a time, 1 GiB at most (or one tensor, when that is larger).
 """
 
 import errno
@@ -26,12 +26,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from convert.packer import Packer
-from convert.plan import SHARD_BYTES, Job, Plan
+from convert.plan import Job, Plan
 from convert.source import Source
 from core.checkpoint.index import DTYPE_NAMES, INDEX, SINGLE
 from core.checkpoint.writer import sync, write_text
 from core.errors import CheckpointError
 
+MEMORY = 2**30  # bytes of tensors in the making at one time
 ALIGNMENT = 8  # safetensors pads its header to a multiple of it
 
 
@@ -92,7 +93,7 @@ def begin(target: Target, mark: str) -> None:
         write_text(known, mark)
 
 
-def write_shards(plan: Plan, packer: Packer, target: Target, workers: int, memory: int = SHARD_BYTES) -> None:
+def write_shards(plan: Plan, packer: Packer, target: Target, workers: int, memory: int = MEMORY) -> None:
     """Write every shard that the journal does not list; fills packer's hashes for all of them."""
     count = len(plan.shards)
     with tqdm(total=plan.nbytes, unit="B", unit_scale=True, desc="export", dynamic_ncols=True) as bar:
