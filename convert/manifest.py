@@ -38,7 +38,12 @@ def build(
     """
     quantised = {i.name for i in source.quantised}
     tensors = {
-        i.name: {"sha256": hashes[i.name], "shape": list(i.shape), "quantised": i.name in quantised}
+        i.name: {
+            "sha256": hashes[i.name],
+            "dtype": str(i.dtype).removeprefix("torch."),
+            "shape": list(i.shape),
+            "quantised": i.name in quantised,
+        }
         for i in source.items
     }
     return {

@@ -114,6 +114,11 @@ def layout(source: Any, plan: Any) -> Check:
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             return Check("names, shapes, dtypes", f"{name}: {found.get(name)} here, {wanted.get(name)} expected", False)
+    for item in source.items:
+        listed = source.manifest.get("tensors", {}).get(item.name, {})
+        now = {"dtype": str(item.dtype).removeprefix("torch."), "shape": list(item.shape)}
+        if listed and any(listed.get(key) != value for key, value in now.items()):
+            return Check("names, shapes, dtypes", f"{item.name}: {now} here, the manifest says otherwise", False)
     return Check("names, shapes, dtypes", f"{len(found):,} as the format writes them", True)
 
 
