@@ -161,7 +161,7 @@ def write(
             if (source.folder / name).is_file():
                 shutil.copyfile(source.folder / name, target.part / name)
         write_text(target.part / "config.json", json.dumps(format.config(source), indent=2, sort_keys=True) + "\n")
-        files.write_index(plan, target, getattr(format, "index_metadata", dict)())
+        files.write_index(plan, target, format.index_metadata(source))
         coverage = {
             "quantised": len(source.quantised),
             "tensors": len(source.items),

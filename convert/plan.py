@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,20 +47,25 @@ class Job:
         return sum(i.nbytes for i in self.inputs) + self.nbytes
 
 
-class Format(Protocol):
+class Format:
     """One dialect of safetensors checkpoints."""
 
     name: str
 
     def refuse(self, source: Source) -> None:
         """Raise UnsupportedError, with the reason, for a model that the dialect cannot express."""
-        ...
 
-    def jobs(self, source: Source) -> Iterator[Job]: ...
+    def jobs(self, source: Source) -> Iterator[Job]:
+        """What becomes of every canonical tensor, in the order of the files."""
+        raise NotImplementedError
 
     def config(self, source: Source) -> dict[str, Any]:
         """config.json."""
-        ...
+        raise NotImplementedError
+
+    def index_metadata(self, source: Source) -> dict[str, Any]:  # noqa: ARG002
+        """More keys for the index's metadata."""
+        return {}
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,12 @@ from collections.abc import Iterator
 from typing import Any
 
 from convert.formats.config import base_config
-from convert.plan import Job, copy_job
+from convert.plan import Format, Job, copy_job
 from convert.source import Source
 
 
-class BF16:
+class BF16(Format):
     name = "bf16"
-
-    def refuse(self, source: Source) -> None:
-        """Nothing is refused: a canonical tensor is what BF16 checkpoints hold."""
 
     def jobs(self, source: Source) -> Iterator[Job]:
         return map(copy_job, source.items)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from convert.formats.config import base_config
-from convert.plan import Job, Output, copy_job
+from convert.plan import Format, Job, Output, copy_job
 from convert.source import Item, Source
 from core.errors import UnsupportedError
 from core.mxfp4 import BLOCK
@@ -23,7 +23,7 @@ WEIGHTS = {
 }  # fmt: skip
 
 
-class HF:
+class HF(Format):
     name = "hf"
 
     def refuse(self, source: Source) -> None:

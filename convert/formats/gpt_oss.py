@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from convert.formats.config import base_config
-from convert.plan import Job, Output, copy_job
+from convert.plan import Format, Job, Output, copy_job
 from convert.source import Item, Source, packed_shape
 from core.errors import UnsupportedError
 from core.mxfp4 import BLOCK
@@ -21,7 +21,7 @@ from core.mxfp4 import BLOCK
 KEPT = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
 
-class GptOss:
+class GptOss(Format):
     name = "gpt-oss"
 
     def refuse(self, source: Source) -> None:

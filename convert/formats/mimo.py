@@ -19,7 +19,7 @@ from torch import Tensor
 from convert.formats.compressed_tensors import packed_job
 from convert.formats.config import base_config
 from convert.packer import Packer
-from convert.plan import Job, Output, copy_job
+from convert.plan import Format, Job, Output, copy_job
 from convert.source import Item, Source
 from core.checkpoint.fp8 import FP8_BLOCK, dequantise_fp8, grid_shape
 from core.checkpoint.keymap import QKV, Kind
@@ -45,7 +45,7 @@ def quantise_fp8(weight_RC: Tensor) -> tuple[Tensor, Tensor]:
     return codes.flatten(2, 3).flatten(0, 1)[:rows, :columns].contiguous(), scale
 
 
-class MiMo:
+class MiMo(Format):
     name = "mimo"
 
     def refuse(self, source: Source) -> None:
@@ -96,6 +96,9 @@ class MiMo:
             "attention_chunk_size": config.sliding_window,
             "quantization_config": quantisation,
         }
+
+    def index_metadata(self, source: Source) -> dict[str, Any]:
+        return {"save_format": "mxfp4", "tp_size": source.config.num_key_value_heads}
 
 
 def fp8_outputs(name: str, rows: int, columns: int, tall: int) -> tuple[Output, Output]:

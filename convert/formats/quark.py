@@ -11,12 +11,12 @@ from typing import Any
 
 from convert.formats.compressed_tensors import kept_matrices, packed_job, whole_matrices
 from convert.formats.config import base_config
-from convert.plan import Job, copy_job
+from convert.plan import Format, Job, copy_job
 from convert.source import Source
 from core.mxfp4 import BLOCK
 
 
-class Quark:
+class Quark(Format):
     name = "quark"
 
     def refuse(self, source: Source) -> None:
