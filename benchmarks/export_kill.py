@@ -1,6 +1,6 @@
 """Kill an export with SIGKILL at random moments, run it again, and compare with one that was left alone.
 
-    python -m benchmarks.export_kill [--kills 20] [--gb 1] [--seed 0] [--json FILE]
+    python -m benchmarks.export_kill [--kills 20] [--gb 2] [--seed 0] [--json FILE]
 
 After each kill the output folder must be absent, or whole and right already; the second run must give the same bytes.
 """
@@ -20,7 +20,7 @@ from benchmarks.export import grid_weights
 from benchmarks.load_memory import config
 from core.models.load import save_model
 
-SHARD = 2**26  # bytes: many shards, so that kills land between them too
+SHARD = 2**25  # bytes: many shards, so that kills land between them too
 
 
 def command(source: Path, out: Path) -> list[str]:
@@ -58,7 +58,7 @@ def trial(source: Path, out: Path, delay: float, expected: dict[str, str]) -> di
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--gb", type=float, default=1.0)
+    parser.add_argument("--gb", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json")
     options = parser.parse_args()

@@ -3,8 +3,8 @@
     python -m benchmarks.pack [--gib 4] [--repeats 20] [--json FILE]
 
 Bytes: the BF16 read plus codes and scales written (2 + 0.53125 bytes a value), over the copy bandwidth measured in the
-same run (read + write). Bar: at least 80 %. The result is checked against core.mxfp4 on a slice first. An export uses it as
-`convert.export.write(..., encoder=...)`.
+same run (read + write). Bar: at least 80 %. The result is checked against core.mxfp4 on a slice first. An export takes
+it as `convert.export.write(..., encoder=...)`.
 """
 
 import argparse
