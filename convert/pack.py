@@ -5,8 +5,8 @@ A BF16 value is its 16 bits: sign, 8 exponent bits, 7 mantissa bits. Dividing by
 of midpoints at or below it: seven integer comparisons. Exact while neither x nor the scale is subnormal, which holds
 for every block with b >= 3 (a smaller x rounds to zero there); the few other blocks go through core.mxfp4.
 
-About ten times as fast as the definition on one core: it runs on tiles that stay in the cache, in 2-byte integers, and
-numpy frees the interpreter lock, so threads add up.
+Many times as fast as the definition on one core (benchmarks/pack.py --cpu): it runs on tiles that stay in the cache, in
+2-byte integers, and numpy frees the interpreter lock, so threads add up.
 
 Legend: Q blocks, B = 32 values of a block.
 """
