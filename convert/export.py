@@ -55,7 +55,6 @@ def main(words: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     from convert.formats import format_named
     from convert.plan import make_plan, table
-    from convert.source import open_source
 
     if options.what != "target":
         raise UnsupportedError(
@@ -64,7 +63,7 @@ def run(options: argparse.Namespace) -> None:
     if options.workers < 1 or options.shard_gb <= 0:
         raise ConfigError(f"--workers {options.workers} --shard-gb {options.shard_gb}: both must be positive")
     folder = Path(options.folder) if options.folder else latest_run(Path(options.runs))
-    source = open_source(folder, selected(options, folder))
+    source = opened(options, folder)
     format = format_named("bf16" if options.to == "dcp" else options.to, source)
     plan = make_plan(format, source, int(options.shard_gb * 2**30))
     name = "dcp" if options.to == "dcp" else format.name
@@ -78,21 +77,40 @@ def run(options: argparse.Namespace) -> None:
     print(f"Written: {out}; check it with: python -m convert.verify {out}")
 
 
-def selected(options: argparse.Namespace, folder: Path) -> list[str] | None:
-    """Model tensors that --select names."""
+def opened(options: argparse.Namespace, folder: Path) -> Any:
+    """The source, with what will be quantised chosen.
+
+    Raises:
+        ConfigError: --select without --ptq, or a pattern that matches nothing.
+    """
+    from convert.source import open_source
+
+    if options.ptq:
+        return open_source(folder, chosen(folder, options.select))
+    if options.select:
+        raise ConfigError("--select is for --ptq; a trained model's selection is what it was trained with")
+    source = open_source(folder)
+    if options.to in ("bf16", "dcp") and source.rule is None:
+        return open_source(folder, [])  # never quantised: baking needs no grid
+    return source
+
+
+def chosen(folder: Path, patterns: Sequence[str] | None) -> list[str]:
+    """Model tensors to round: all experts, or what the patterns match."""
     from fnmatch import fnmatch
 
+    from convert.source import RUN_MODEL
+    from core.models.experts import find_experts
     from core.models.load import meta_model
 
-    if not options.select:
-        return None
-    if not options.ptq:
-        raise ConfigError("--select is for --ptq; a trained model's selection is what it was trained with")
-    names = list(meta_model(folder)[0].state_dict())
-    for pattern in options.select:
+    model = meta_model(folder / RUN_MODEL if (folder / "run.json").is_file() else folder)[0]
+    if not patterns:
+        return [e.name for e in find_experts(model)]
+    names = [n for n, p in model.named_parameters() if p.dim() >= 2]
+    for pattern in patterns:
         if not any(fnmatch(n, pattern) for n in names):
-            raise ConfigError(f"--select {pattern!r} matches no tensor of {folder}; names look like {names[-2]}")
-    return [n for n in names if any(fnmatch(n, p) for p in options.select)]
+            raise ConfigError(f"--select {pattern!r} matches no matrix of {folder}; names look like {names[-2]}")
+    return [n for n in names if any(fnmatch(n, p) for p in patterns)]
 
 
 def latest_run(root: Path) -> Path:

@@ -150,7 +150,8 @@ def open_source(folder: Path | str, select: Iterable[str] | None = None) -> Sour
     chosen = set(select) if select is not None else None
     rule: ScaleRule | None = None
     if (folder / "run.json").is_file():
-        run, chosen, rule = from_run(folder)
+        run, trained, rule = from_run(folder)
+        chosen = trained if chosen is None else chosen
         folder = folder / RUN_MODEL
     manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
     if manifest:
