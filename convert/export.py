@@ -90,9 +90,18 @@ def opened(options: argparse.Namespace, folder: Path) -> Any:
     if options.select:
         raise ConfigError("--select is for --ptq; a trained model's selection is what it was trained with")
     source = open_source(folder)
-    if options.to in ("bf16", "dcp") and source.rule is None:
+    if options.to in ("bf16", "dcp") and source.rule is None and not on_the_grid(source):
         return open_source(folder, [])  # never quantised: baking needs no grid
     return source
+
+
+def on_the_grid(source: Any) -> bool:
+    """Whether the first tensor that would be quantised is; the others are checked as they are written."""
+    from convert.packer import value_of
+    from core.mxfp4 import on_grid
+
+    first = next(iter(source.quantised), None)
+    return first is not None and on_grid(value_of(source, first), -2 if first.transposed else -1)
 
 
 def chosen(folder: Path, patterns: Sequence[str] | None) -> list[str]:
