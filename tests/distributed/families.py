@@ -1,6 +1,7 @@
 """What every process of test_families runs: three QAT steps of transformers' own classes, in one mode after another."""
 
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def batch_of(step: int, engine: Engine) -> Batch:
 def losses(family: str, mode: str, method: str) -> list[float] | str:
     """Mean loss of each step, or the refusal; the grid is checked inside every forward."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family], dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(deepcopy(FAMILIES[family]), dtype=torch.bfloat16)
     model.set_experts_implementation("grouped_mm")
     model.config.use_cache = False
     separate_documents(model)
