@@ -23,10 +23,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from packaging.version import Version
 
-from core.errors import ConfigError, Fp4FlashError
+from core.errors import ConfigError, Fp4FlashError, resource_line
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-FLAGS = {"--help", "-h", "--cfg", "--info"}
+FLAGS = {"--help", "-h", "--cfg"}
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Command:
     config: str
     schema: type
     help: str
+    check: Callable[[Any], None] = lambda _: None  # ranges and combinations that types cannot say
 
 
 def load(command: Command, overrides: list[str]) -> tuple[object, str]:
@@ -54,14 +55,24 @@ def load(command: Command, overrides: list[str]) -> tuple[object, str]:
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = compose(config_name=command.config, overrides=overrides)
-        merged = continued(composed, overrides)
+            plain = compose(config_name=command.config)
+        merged = continued(strict(composed, command), strict(plain, command))
         OmegaConf.resolve(merged)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"{missing[0]} has no value; set it on the command line: {missing[0]}=...")
-        return OmegaConf.to_object(merged), OmegaConf.to_yaml(merged)
+        config = OmegaConf.to_object(merged)
+        command.check(config)
+        return config, OmegaConf.to_yaml(merged)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
+
+
+def strict(composed: DictConfig, command: Command) -> DictConfig:
+    """The composed values in the schema's own node: a key that `+key=` smuggled in is an error too."""
+    merged = OmegaConf.merge(OmegaConf.structured(command.schema), OmegaConf.to_container(composed))
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 # What may differ between the command that started a run and the one that resumes it: how it is run, not what it is.
@@ -73,11 +84,16 @@ RESUME_MAY_CHANGE = (
     "train.micro_batch_size",
     "train.device",
     "train.keep_last",
+    "eval",
+    "data.root",
 )
 
 
-def continued(merged: DictConfig, overrides: list[str]) -> DictConfig:
-    """For `run.resume`: the run's own configuration when nothing else is said, else proof that what is said equals it.
+def continued(merged: DictConfig, plain: DictConfig) -> DictConfig:
+    """For `run.resume`: the run's own configuration, with what the command line changes of how it is run.
+
+    Args:
+        merged: as the command line says. plain: as it would be without overrides; what differs was said.
 
     Raises:
         ConfigError: the command line asks for another configuration than the run's; names the first key.
@@ -91,17 +107,16 @@ def continued(merged: DictConfig, overrides: list[str]) -> DictConfig:
         raise ConfigError(f"run.resume={merged.run.resume} is no run under {merged.run.root} (no config.yaml)")
     stored = OmegaConf.merge(merged, OmegaConf.load(stored_path))
     assert isinstance(stored, DictConfig)
-    if all(o.startswith("run.") for o in overrides):
-        stored.run = merged.run
-        return stored
-    for key in sorted(set(flat(merged)) | set(flat(stored))):
-        ours, theirs = flat(merged).get(key), flat(stored).get(key)
-        if ours != theirs and not any(key == k or key.startswith(f"{k}.") for k in RESUME_MAY_CHANGE):
+    stored.run = merged.run
+    said, default, theirs = flat(merged), flat(plain), flat(stored)
+    for key in sorted(k for k in said if said[k] != default.get(k) and said[k] != theirs.get(k)):
+        if not any(key == k or key.startswith(f"{k}.") for k in RESUME_MAY_CHANGE):
             raise ConfigError(
-                f"{key}={ours} differs from the run being resumed ({theirs}); "
+                f"{key}={said[key]} differs from the run being resumed ({theirs.get(key)}); "
                 "drop it, or start a new run without run.resume"
             )
-    return merged
+        OmegaConf.update(stored, key, OmegaConf.select(merged, key))
+    return stored
 
 
 def flat(config: DictConfig) -> dict[str, Any]:
@@ -130,7 +145,7 @@ def one_line(error: BaseException) -> str:
                     "full_key:",
                     "object_type=",
                     "reference_type=",
-                    "To append",
+                    "To append to your config",
                     "Set the env",
                     "See https",
                     "Config search",
@@ -171,6 +186,12 @@ def entry(command: Command, main: Callable[[object, str], int | None], argv: lis
     except KeyboardInterrupt:
         print(f"{command.module}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        line = resource_line(error)
+        if line is None:
+            raise
+        print(f"{command.module}: {line}", file=sys.stderr)
+        return 2
 
 
 def run(command: Command, main: Callable[[object, str], int | None], arguments: list[str]) -> int:

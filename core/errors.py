@@ -4,6 +4,8 @@ Every message is one line that names the field, its value, the rule it broke and
 Entry points (`core.config.entry`) print it without a traceback and exit with status 2.
 """
 
+import errno
+
 
 class Fp4FlashError(Exception):
     """Base of all errors that end a command with one line."""
@@ -31,3 +33,18 @@ class UnsupportedError(Fp4FlashError):
 
 class ResourceError(Fp4FlashError):
     """Memory ran out, or training diverged."""
+
+
+def resource_line(error: BaseException) -> str | None:
+    """One line for a failure of the machine that can happen anywhere (GPU memory, disk); None for any other error."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; this file imports nothing
+        detail = str(error).splitlines()[0].split(". Of the allocated")[0]
+        return (
+            f"out of GPU memory ({detail}); lower train.micro_batch_size or data.seq_len, set "
+            "train.activation_checkpointing=true, lower loss.chunk_tokens, or spread over GPUs with parallel=zero3; "
+            "where only the final comparison does not fit, set eval.compare=false"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        where = f" {error.filename}" if error.filename else ""
+        return f"cannot write{where}: {error.strerror}; free space or choose another run.root, then set run.resume"
+    return None

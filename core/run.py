@@ -49,6 +49,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def command_line() -> list[str]:
+    """The words that start this process again."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return [sys.executable, "-m", spec.name, *sys.argv[1:]] if spec else [sys.executable, *sys.argv]
+
+
 def git_state(folder: Path) -> dict[str, Any]:
     """Commit and whether files differ from it; empty outside a checkout."""
 
@@ -125,6 +131,8 @@ def start_run(config: RunConfig, command: str, label: str, resolved: str, seed: 
     root = Path(config.root)
     if config.resume:
         return open_run(root, config.resume, rank)
+    if config.name and (Path(config.name).name != config.name or config.name in ("latest", "cache")):
+        raise ConfigError(f"run.name={config.name!r}: expected a plain folder name, not a path, `latest` or `cache`")
     folder = root / (config.name or f"{command}-{label}-{time.strftime('%Y%m%d-%H%M%S')}")
     run = Run(folder, rank)
     if rank != 0:
@@ -141,7 +149,7 @@ def start_run(config: RunConfig, command: str, label: str, resolved: str, seed: 
     write_json(
         folder / "run.json",
         {
-            "command": [sys.executable, "-m", *sys.argv] if sys.argv else [],
+            "command": command_line(),
             "kind": command,
             "versions": versions(),
             "git": git_state(Path(__file__).parent),

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
+from core.errors import ConfigError, UnsupportedError
 from core.mxfp4 import ScaleRule
 from core.train.config import DataConfig, OptimConfig, ParallelConfig, RunConfig, TrackerConfig, TrainConfig
 
@@ -125,3 +127,75 @@ class QATConfig:
     run: RunConfig = field(default_factory=RunConfig)
     qat: Method = Method.snap
     dry_run: bool = False
+
+
+POSITIVE = (
+    "train.batch_size", "train.steps", "train.log_every", "train.keep_last", "loss.chunk_tokens", "loss.topk",
+    "optim.lr", "data.seq_len", "data.eval_rows", "data.shuffle_buffer", "layerwise.steps", "layerwise.batch_size",
+    "layerwise.tokens", "layerwise.lr", "eval.bootstrap", "eval.task_limit", "eval.max_new_tokens",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "train.micro_batch_size", "train.eval_every", "train.save_every", "quant.start_step", "quant.check_grid_every",
+    "optim.clip_grad_norm", "optim.weight_decay", "loss.kl", "loss.ce", "data.max_bytes", "layerwise.slices",
+)  # fmt: skip
+SHARES = ("optim.ema", "optim.warmup", "optim.min_lr_ratio")  # from 0 to 1
+CHOICES = {
+    "data.loss_on": ("all", "assistant"),
+    "layerwise.hidden": ("disk", "recompute"),
+    "layerwise.inputs": ("quantized", "bf16"),
+}
+TASKS = ("gsm8k", "code", "tools")
+
+
+def check(config: QATConfig) -> None:
+    """Ranges and combinations that the types cannot say, before anything is read or written.
+
+    Raises:
+        ConfigError: the first key whose value cannot be used. UnsupportedError: keys that one method does not honour.
+    """
+
+    def value(key: str) -> Any:
+        section, name = key.split(".")
+        return getattr(getattr(config, section), name)
+
+    for key in POSITIVE:
+        if not value(key) > 0:
+            raise ConfigError(f"{key}={value(key)}: must be positive")
+    for key in NOT_NEGATIVE:
+        if value(key) < 0:
+            raise ConfigError(f"{key}={value(key)}: must not be negative")
+    for key in SHARES:
+        if not 0 <= value(key) <= 1:
+            raise ConfigError(f"{key}={value(key)}: expected a share between 0 and 1")
+    for key, choices in CHOICES.items():
+        if value(key) not in choices:
+            raise ConfigError(f"{key}={value(key)!r}: expected {' or '.join(choices)}")
+    wrong = next((t for t in config.eval.tasks if t not in TASKS), None)
+    if wrong:
+        raise ConfigError(f"eval.tasks has {wrong!r}; expected some of {', '.join(TASKS)}")
+    check_losses(config)
+    if config.qat is Method.layerwise:
+        check_layerwise(config)
+
+
+def check_losses(config: QATConfig) -> None:
+    loss = config.loss
+    if not loss.kl and not loss.ce:
+        raise ConfigError("loss.kl=0 and loss.ce=0 leave nothing to train on; set one of them")
+    if config.quant.format is QuantFormat.none and not loss.ce and loss.teacher in (Teacher.base, Teacher.masters):
+        raise ConfigError(
+            f"quant=none with loss.teacher={loss.teacher.value} alone is the KL of a model to itself, always 0; "
+            "use loss=ce, or loss.teacher=path with loss.teacher_path"
+        )
+
+
+def check_layerwise(config: QATConfig) -> None:
+    ignored = {
+        "quant.start_step": config.quant.start_step,
+        "quant.layer_start_steps": config.quant.layer_start_steps,
+        "optim.ema": config.optim.ema,
+        "train.compile": config.train.compile,
+    }
+    for key, value in ignored.items():
+        if value:
+            raise UnsupportedError(f"qat=layerwise does not honour {key}={value}; leave it out")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from core.config import Command, entry
 from core.train.batch import IGNORE, Batch
-from qat.config import QATConfig
+from qat.config import QATConfig, check
 from qat.teacher import whole_head
 
 CHUNK = 1024
@@ -21,7 +21,7 @@ HELP = """Evaluate a finished run again: held-out loss and KL for BF16, PTQ and 
 
   python -m qat.evaluate run.resume=latest
   python -m qat.evaluate run.resume=NAME"""
-COMMAND = Command("qat.evaluate", "qat", QATConfig, HELP)
+COMMAND = Command("qat.evaluate", "qat", QATConfig, HELP, check)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from tqdm import tqdm
 from core.errors import ConfigError, UnsupportedError
 from core.models.load import LoadedModel, save_model
 from core.run import Run
-from core.train.data import train_stream
+from core.train.data.stream import TrainStream
+from core.train.tracker import Tracker
 from qat.base import device
 from qat.config import QATConfig
 from qat.layer_checkpoint import CheckpointSource
@@ -19,10 +20,18 @@ from qat.layerwise import train_layerwise
 from qat.select import Selection, set_trainable
 
 
-def layerwise_run(config: QATConfig, run: Run, loaded: LoadedModel | CheckpointSource, selection: Selection) -> None:
+def layerwise_run(
+    config: QATConfig,
+    run: Run,
+    loaded: LoadedModel | CheckpointSource,
+    selection: Selection,
+    rows: TrainStream,
+    tracker: Tracker,
+) -> None:
     """Calibrate, train every layer, write run.model; continues an interrupted run.
 
     Args:
+        rows: global batches of `layerwise.batch_size` packed rows.
         loaded: a model in host memory, or layers on demand from its checkpoint (`qat.layer_checkpoint.open_layers`).
     Raises:
         UnsupportedError: more than one process.
@@ -43,7 +52,6 @@ def layerwise_run(config: QATConfig, run: Run, loaded: LoadedModel | CheckpointS
         )
     cfg = config.layerwise
     count = max(1, cfg.tokens // (cfg.batch_size * config.data.seq_len))
-    rows = train_stream(config.data, loaded.tokenizer, batch_size=cfg.batch_size, seed=config.train.seed)
     batches = [next(rows) for _ in range(count)]
     targets = Targets({t.name: t.dim for t in selection.tensors}, trained, config.quant.rule)
     run.rewind(0)
@@ -51,6 +59,7 @@ def layerwise_run(config: QATConfig, run: Run, loaded: LoadedModel | CheckpointS
 
         def log(record: dict[str, float | int]) -> None:
             run.log(step=record["layer"] + 1, **record)
+            tracker.log(int(record["layer"]) + 1, record)
             bar.update(record["layer"] + 1 - bar.n)
             bar.set_postfix_str(
                 f"error {record['loss_ptq']:.4f} -> {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s"

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from core.models.load import LoadedModel, load_model, save_model
+from core.models.load import LoadedModel, load_model, meta_model, save_model
 from core.mxfp4 import snap
 from core.run import Run, open_run, start_run, write_json
 from core.train.data import eval_batches, train_stream
 from core.train.data.documents import data_root
+from core.train.data.stream import TrainStream
 from core.train.engine import Engine
 from core.train.engines import build_engine, start_processes
-from core.train.loop import Loop, NoHook, rows_per_rank
+from core.train.loop import Loop, NoHook, finished_checkpoints, rows_per_rank
+from core.train.state import StateReader
 from core.train.tracker import make_tracker
 from qat.base import device, model_folder
 from qat.config import NANO, Method, QATConfig, QuantFormat
@@ -49,21 +51,58 @@ def train(config: QATConfig, resolved: str) -> Run:
     announce(config, say)
     folder = model_folder(config) if rank == 0 else None
     folder = share(folder, world)
+    seed_everything(config, target)
+    model = config.model
+    layers = None
+    if config.qat is Method.layerwise:
+        layers = open_layers(folder, target, model.attention, model.experts)
+        loaded = layers.loaded
+    else:
+        loaded = load_model(folder, device=target, attention=model.attention, experts=model.experts)
+    selection = covered(loaded, config, say)
+    set_trainable(loaded.model, config.trainable.patterns, selection)
+    check_schedule(config, selection)
+    check_tasks(config, loaded)
+    rows = config.layerwise.batch_size if layers else config.train.batch_size
+    stream = train_stream(
+        config.data, loaded.tokenizer, batch_size=rows, seed=config.train.seed, rank=rank, world=world
+    )
+    # everything that can be refused has been: only now does a run folder exist, and `latest` point at it
     run = share(
         start_run(config.run, "qat", config.model.name, resolved, config.train.seed) if rank == 0 else None, world
     )
     run = replace(run, rank=rank)
-    seed_everything(config, target)
-    model = config.model
-    if config.qat is Method.layerwise:
-        source = open_layers(folder, target, model.attention, model.experts)
-        selection = covered(source.loaded, config, say)
-        layerwise_run(config, run, source, selection)
+    run.update(base=str(folder.resolve()))
+    if layers:
+        tracker = make_tracker(config.tracker, run.folder)
+        layerwise_run(config, run, layers, selection, stream, tracker)
+        tracker.close()
     else:
-        loaded = load_model(folder, device=target, attention=model.attention, experts=model.experts)
-        selection = covered(loaded, config, say)
-        train_steps(config, run, loaded, selection)
+        train_steps(config, run, loaded, selection, stream)
     return finish(config, run, folder, selection, target)
+
+
+def check_schedule(config: QATConfig, selection: Selection) -> None:
+    """ConfigError for a scheduled layer that has no quantised tensor."""
+    layers = {t.layer for t in selection.tensors}
+    wrong = sorted(set(config.quant.layer_start_steps) - layers)
+    if wrong:
+        raise ConfigError(f"quant.layer_start_steps names layer {wrong[0]}, which has no quantised tensor")
+
+
+def check_tasks(config: QATConfig, loaded: LoadedModel) -> None:
+    """Refuse tasks that could not be scored after the training, before it.
+
+    Raises:
+        ConfigError: no data root, or no chat template.
+    """
+    if not config.eval.tasks:
+        return
+    data_root(config.data)
+    if not getattr(loaded.tokenizer, "chat_template", None):
+        raise ConfigError(
+            f"eval.tasks={config.eval.tasks} needs a tokenizer with a chat template; {loaded.folder} has none"
+        )
 
 
 def covered(loaded: LoadedModel, config: QATConfig, say: Any) -> Selection:
@@ -73,10 +112,9 @@ def covered(loaded: LoadedModel, config: QATConfig, say: Any) -> Selection:
     return selection
 
 
-def train_steps(config: QATConfig, run: Run, loaded: LoadedModel, selection: Selection) -> None:
+def train_steps(config: QATConfig, run: Run, loaded: LoadedModel, selection: Selection, stream: TrainStream) -> None:
     """The step loop with its teacher and hook; leaves the trained model in run.model."""
     model = loaded.model
-    set_trainable(model, config.trainable.patterns, selection)
     engine_slot: list[Engine] = []
     teacher = make_teacher(config.loss, model, engine_slot)
     train_config = config.train
@@ -94,19 +132,16 @@ def train_steps(config: QATConfig, run: Run, loaded: LoadedModel, selection: Sel
     )
     engine_slot.append(engine)
     hook = make_hook(engine, selection, config)
-    stream = train_stream(
-        config.data,
-        loaded.tokenizer,
-        batch_size=train_config.batch_size,
-        seed=train_config.seed,
-        rank=engine.rank,
-        world=engine.world,
-    )
     evaluator = Evaluator(config, loaded, engine)
     tracker = make_tracker(config.tracker, run.folder, engine.rank)
     Loop(engine, stream, train_config, config.optim, run, hook, evaluator, tracker, title="QAT").run()
     tracker.close()
     save_model(on_grid_tensors(engine, selection, config), loaded, run.model, rank=engine.rank)
+    if config.optim.ema:
+        averages = StateReader(finished_checkpoints(run.checkpoints)[-1])
+        save_model(
+            averaged_tensors(engine, averages, selection, config), loaded, run.folder / "model-ema", rank=engine.rank
+        )
     if isinstance(hook, Quantiser):
         summary = hook.summary()
         if engine.rank == 0:
@@ -119,6 +154,18 @@ def on_grid_tensors(engine: Engine, selection: Selection, config: QATConfig) -> 
     dims = {t.name: t.dim for t in selection.tensors} if config.qat is Method.fake_quant else {}
     for name, tensor in engine.full_tensors():
         yield name, snap(tensor, config.quant.rule, dims[name], name) if name in dims and engine.rank == 0 else tensor
+
+
+def averaged_tensors(
+    engine: Engine, state: StateReader, selection: Selection, config: QATConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """The model with the moving average of its masters in place of what was trained; quantised tensors snapped."""
+    dims = {t.name: t.dim for t in selection.tensors}
+    for name, tensor in engine.full_tensors():
+        if name in state.shapes and engine.rank == 0:
+            average = state.read(name, "ema", 0, tensor.numel()).view(tensor.shape).to(tensor.dtype)
+            tensor = snap(average, config.quant.rule, dims[name], name) if name in dims else average
+        yield name, tensor
 
 
 def prepare(model: nn.Module, config: QATConfig) -> None:
@@ -157,7 +204,6 @@ def finish(config: QATConfig, run: Run, base: Path, selection: Selection, target
     """Evaluate the arms on rank 0 and write the report."""
     if run.rank == 0:
         write_json(run.folder / "selection.json", selection.as_json() | {"rule": config.quant.rule.value})
-        run.update(base=str(base.resolve()))
         if config.eval.compare:
             print(compare(config, run, base, selection, target))
         else:
@@ -214,7 +260,7 @@ def evaluate_run(config: QATConfig) -> None:
         )
     target = device(config.train)
     base = Path(run.info()["base"])
-    selection = select(load_model(base).model, config.quant)
+    selection = select(meta_model(base)[0], config.quant)
     print(compare(config, run, base, selection, target))
 
 

@@ -7,6 +7,7 @@ Loss alone misleads: training on in-domain text lowers it below the BF16 model's
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,9 +122,7 @@ def write_report(
     plot_curves(metrics, run.folder / "curves.png")
     if shares:
         plot_recovery(value["arms"], value["kl_removed_by_domain"], run.folder / "recovery.png")
-    return (
-        f"\n{text}\n\nWritten: {run.folder} (model/, report.md, report.json, curves.png, recovery.png, metrics.jsonl)"
-    )
+    return f"\n{text}\n\nWritten: {run.folder} ({written(run.folder)})"
 
 
 def quant_notes(rates: dict[str, Any], extra: dict[str, Any]) -> str:
@@ -147,3 +146,9 @@ def quant_notes(rates: dict[str, Any], extra: dict[str, Any]) -> str:
         interval = f"[{task['low']:.1%}, {task['high']:.1%}]"
         lines.append(f"{task['arm']} {task['task']}: {task['accuracy']:.1%} {interval} of {task['count']}")
     return "\n".join(lines)
+
+
+def written(folder: Path) -> str:
+    """What a reader of the run folder would open, as it is there."""
+    names = ("model", "model-ema", "report.md", "report.json", "curves.png", "recovery.png", "metrics.jsonl")
+    return ", ".join(f"{n}/" if (folder / n).is_dir() else n for n in names if (folder / n).exists())

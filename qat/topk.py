@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from core.config import Command, entry
 from core.errors import CheckpointError, ConfigError, DataError
 from core.train.batch import Batch
-from qat.config import QATConfig
+from qat.config import QATConfig, check
 from qat.teacher import TopK, last_hidden
 
 CHUNK = 1024  # tokens whose logits exist at one time
 SCHEMA = 1
-COMMAND = Command("qat.topk", "qat", QATConfig, (__doc__ or "").split("\n\nDIR")[0])
+COMMAND = Command("qat.topk", "qat", QATConfig, (__doc__ or "").split("\n\nDIR")[0], check)
 
 
 def row_keys(batch: Batch) -> list[str]:

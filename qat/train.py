@@ -8,7 +8,7 @@ Heavy imports stay inside `main`, so that --help and configuration errors are im
 import sys
 
 from core.config import Command, entry
-from qat.config import QATConfig
+from qat.config import QATConfig, check
 
 HELP = """Selective MXFP4 quantisation-aware training.
 
@@ -20,7 +20,7 @@ HELP = """Selective MXFP4 quantisation-aware training.
 
 A run writes runs/<name>: config.yaml, run.json, metrics.jsonl, checkpoints/, model/, report.md, report.json, plots."""
 
-COMMAND = Command("qat.train", "qat", QATConfig, HELP)
+COMMAND = Command("qat.train", "qat", QATConfig, HELP, check)
 
 
 def main(config: QATConfig, resolved: str) -> int:

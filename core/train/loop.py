@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from core.errors import CheckpointError, ConfigError, ResourceError
+from core.errors import CheckpointError, ConfigError, ResourceError, resource_line
 from core.run import Run, write_json
 from core.train.batch import Batch
 from core.train.config import OptimConfig, TrainConfig
@@ -100,7 +100,7 @@ class Loop:
             for step in range(done + 1, self.train.steps + 1):
                 self.one_step(step, rows, bar)
         except torch.OutOfMemoryError as error:
-            raise ResourceError(out_of_memory(error)) from error
+            raise ResourceError(resource_line(error) or str(error)) from error
         finally:
             bar.close()
         return self.train.steps
@@ -170,15 +170,16 @@ class Loop:
             make_folder(partial)
         barrier(self.engine)
         self.engine.save(partial)
+        hook_state = self.hook.state_dict()
         try:
             torch.save(random_state(), partial / f"random-{self.engine.rank}.pt")
+            if self.engine.rank == 0:
+                torch.save(hook_state, partial / "hook.pt")
         except (OSError, RuntimeError) as error:
             raise CheckpointError(
-                f"cannot write {partial}: {error}; free space; the previous checkpoint is kept"
+                f"cannot write {partial}: {error}; free space and resume; an earlier checkpoint is kept"
             ) from error
-        hook_state = self.hook.state_dict()
         if self.engine.rank == 0:
-            torch.save(hook_state, partial / "hook.pt")
             write_json(
                 partial / "loop.json", {"step": step, "stream": self.stream.state_dict(), "world": self.engine.world}
             )
@@ -258,11 +259,3 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def out_of_memory(error: torch.OutOfMemoryError) -> str:
-    detail = str(error).splitlines()[0].split(". Of the allocated")[0]
-    return (
-        f"out of GPU memory ({detail}); lower train.micro_batch_size or data.seq_len, set "
-        "train.activation_checkpointing=true, lower loss.chunk_tokens, or spread over GPUs with parallel=zero3"
-    )

@@ -31,7 +31,14 @@ class WandbTracker:
             import wandb
         except ImportError as error:
             raise ConfigError("tracker=wandb needs the package wandb: pip install wandb") from error
-        self.run = wandb.init(project=config.project, name=folder.name, dir=str(folder), id=folder.name, resume="allow")
+        try:
+            self.run = wandb.init(
+                project=config.project, name=folder.name, dir=str(folder), id=folder.name, resume="allow"
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"tracker=wandb could not start ({one_sentence(error)}); run `wandb login`, or set WANDB_MODE=offline"
+            ) from error
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         self.run.log(numbers(values), step=step)
@@ -54,6 +61,10 @@ class TensorboardTracker:
 
     def close(self) -> None:
         self.writer.close()
+
+
+def one_sentence(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from core.config import entry
+from qat.train import COMMAND
 from tests.integration.conftest import Cli
 
 
@@ -68,6 +70,15 @@ def test_missing_tensor(cli: Cli, base: Path, tmp_path: Path) -> None:
     [
         (["trian.steps=3"], ["trian"]),
         (["train.stepz=3"], ["stepz"]),
+        (["+train.stepz=3"], ["stepz"]),
+        (["train.batch_size=0"], ["train.batch_size=0", "positive"]),
+        (["optim.lr=-1"], ["optim.lr=-1"]),
+        (["data.loss_on=assistent"], ["assistent", "assistant"]),
+        (["eval.tasks=[gsm9k]"], ["gsm9k", "gsm8k"]),
+        (["eval.tasks=[gsm8k]"], ["FP4FLASH_DATA"]),
+        (["+quant.layer_start_steps={9:2}"], ["layer 9"]),
+        (["run.name=../../evil"], ["run.name", "folder name"]),
+        (["qat=layerwise", "optim.ema=0.9"], ["layerwise", "optim.ema"]),
         (["train.steps=many"], ["train.steps", "many"]),
         (["quant.rule=nearest"], ["quant.rule", "nearest"]),
         (["model=mimo_v3"], ["mimo_v3"]),
@@ -79,7 +90,7 @@ def test_missing_tensor(cli: Cli, base: Path, tmp_path: Path) -> None:
             ["quant.select=[model.layers.1.mlp.experts.*]", "model.nano.num_hidden_layers=3"],
             ["leaves out", "quant.skip"],
         ),
-        (["quant=none"], ["trainable.patterns"]),
+        (["quant=none", "loss.kl=1", "loss.ce=0"], ["loss=ce"]),
         (["data=jsonl"], ["FP4FLASH_DATA"]),
         (["parallel=fsdp2"], ["fsdp2"]),
         (["parallel=ep"], ["ep"]),
@@ -125,12 +136,12 @@ def test_full_disk_during_a_save_keeps_the_old_checkpoint(cli: Cli, finished: Pa
         assert file.keys()
 
 
-def test_out_of_gpu_memory_says_what_to_change() -> None:
-    from core.train.loop import out_of_memory
+def test_out_of_gpu_memory_anywhere_says_what_to_change(capsys: pytest.CaptureFixture[str]) -> None:
+    def allocate(_config: object, _resolved: str) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Of the allocated memory 3")
 
-    line = out_of_memory(
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. Of the allocated memory 3")
-    )
+    assert entry(COMMAND, allocate, ["+experiment=mimo_fp4"]) == 2
+    line = capsys.readouterr().err.strip()
     assert "micro_batch_size" in line and "activation_checkpointing" in line and "\n" not in line
 
 
