@@ -1,8 +1,9 @@
 """Opening a GGUF file: every length, count, type and offset is checked against the file's size before it is believed.
 
 A GGUF file is: the magic `GGUF`, a version (2 or 3), the numbers of tensors and of metadata fields (64 bits each), the
-fields {name, type, value}, the tensors {name, dimensions innermost first, type, offset}, padding to `general.alignment`,
-the data. Everything is little-endian. Files come from strangers: nothing is allocated on the file's word alone.
+fields {name, type, value}, the tensors {name, dimensions innermost first, type, offset}, padding up to
+`general.alignment`, the data. Everything is little-endian. Files come from strangers: nothing is allocated on the file's
+word alone.
 """
 
 import math
@@ -177,7 +178,7 @@ def placed(path: Path, infos: list[GgufTensor], data: int, size: int, meta: dict
         start = data + info.start
         if info.name in found or start < end or info.start % alignment(path, meta) or start + info.nbytes > size:
             raise CheckpointError(
-                f"{path}: {info.name} of {info.nbytes} bytes at {start} is twice there, overlaps another tensor or lies "
+                f"{path}: {info.name} of {info.nbytes} bytes at {start} is there twice, overlaps another or lies "
                 f"outside the {size} bytes of the file; it is truncated or damaged, download it again"
             )
         found[info.name] = GgufTensor(info.name, info.kind, info.shape, start, info.nbytes)

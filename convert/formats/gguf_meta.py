@@ -1,7 +1,7 @@
-"""Hyperparameters of a model as GGUF's fields: what the loader of each architecture in llama.cpp reads, and what it refuses.
+"""Hyperparameters as GGUF's fields: what llama.cpp's loader of each architecture reads.
 
-llama.cpp computes some things of an architecture one way only, whatever a field says (the router's normalisation, GPT-OSS's
-clamp, which layers have a window). `refuse` names every model that would therefore come out different.
+llama.cpp computes some things of an architecture one way only, whatever a field says (the router's normalisation,
+GPT-OSS's clamp, which layers have a window). `refuse` names every model that would therefore come out different.
 
 A field's Python type is its GGUF type: int u32, float f32, bool, str, list of int i32, list of str.
 """
@@ -68,7 +68,7 @@ def refuse(config: Any, arch: Arch) -> None:
         rotary = {rotated(config, kind) for kind in (FULL, WINDOW)}
         if len(rotary) > 1:
             raise UnsupportedError(
-                f"--to gguf: {sorted(rotary)} rotated dimensions by layer type; llama.cpp's mimo2 has one number for all"
+                f"--to gguf: {sorted(rotary)} rotated dimensions by layer type; llama.cpp's mimo2 has one number"
             )
     else:
         rope_fields(config.rope_parameters)
@@ -134,7 +134,7 @@ def mimo(config: MiMoV2Config) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "attention.head_count_kv": [config.kv_heads(i) for i in layers],
         "attention.value_length": config.v_head_dim,
-        "attention.sliding_window": config.sliding_window,  # visible keys, the query's own included: as llama.cpp counts
+        "attention.sliding_window": config.sliding_window,  # visible keys with the query's own, as llama.cpp counts
         "attention.sliding_window_pattern": [int(config.layer_types[i] == WINDOW) for i in layers],
         "rope.dimension_count": rotated(config, FULL),
         "rope.freq_base": float(config.rope_parameters[FULL]["rope_theta"]),

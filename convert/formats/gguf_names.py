@@ -3,12 +3,12 @@
     canonical                                        GGUF
     model.layers.L.self_attn.q_proj.weight           blk.L.attn_q.weight
     model.layers.L.mlp.experts.E.up_proj.weight      blk.L.ffn_up_exps.weight  [E, N, K]: all experts of a layer
-    model.layers.L.mlp.experts.gate_up_proj          blk.L.ffn_gate_exps.weight and ffn_up_exps.weight (GPT-OSS: its rows
-                                                     alternate gate and up; GGUF keeps them apart)
+    model.layers.L.mlp.experts.gate_up_proj          blk.L.ffn_gate_exps.weight and ffn_up_exps.weight (GPT-OSS:
+                                                     rows alternate gate and up; GGUF keeps them apart)
 
-A GGUF block of 32 MXFP4 weights is 17 bytes: the scale byte, then 16 bytes whose LOW nibbles are elements 0-15 and whose
-HIGH nibbles are elements 16-31 (`split halves`; everywhere else two neighbours share a byte). Going from one to the other
-moves nibbles and changes no code.
+A GGUF block of 32 MXFP4 weights is 17 bytes: the scale byte, then 16 bytes whose LOW nibbles are elements 0-15 and
+whose HIGH nibbles are elements 16-31 (`split halves`; everywhere else two neighbours share a byte). Going from one to
+the other moves nibbles and changes no code.
 
 Names: the tables of llama.cpp's loader for each architecture; tests hold them against the gguf package's.
 """
@@ -33,7 +33,7 @@ TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head
 
 @dataclass(frozen=True)
 class Arch:
-    """`name`: what the file says. `modules`: within a layer, weight and bias alike. `leaves`: tensors named otherwise."""
+    """`name`: what the file says. `modules`: in a layer, weight and bias alike. `leaves`: tensors named otherwise."""
 
     name: str
     model_types: tuple[str, ...]
@@ -103,7 +103,7 @@ def from_gguf(arch: Arch, name: str) -> str | None:
 
 
 def must_be_f32(name: str, dims: int) -> bool:
-    """What llama.cpp's converter keeps in F32, because its kernels add or normalise in F32: vectors, biases, routers."""
+    """What llama.cpp's converter keeps in F32: vectors, biases, routers."""
     return dims <= 1 or not name.endswith(".weight") or name.endswith(("_norm.weight", "ffn_gate_inp.weight"))
 
 

@@ -1,8 +1,8 @@
 """A byte-level BPE tokenizer as GGUF's `tokenizer.*` fields, and back.
 
 tokenizer.json describes how text is split before merging by a regular expression; GGUF names one of the splitters that
-llama.cpp has built in. `SPLITTERS` and `PLAIN` pair the two. A tokenizer that splits otherwise is refused: llama.cpp would
-cut its text into other tokens, silently.
+llama.cpp has built in. `SPLITTERS` and `PLAIN` pair the two. A tokenizer that splits otherwise is refused: llama.cpp
+would cut its text into other tokens, silently.
 """
 
 from pathlib import Path
