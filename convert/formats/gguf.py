@@ -2,8 +2,9 @@
 
 Codes are laid out anew (convert/formats/gguf_names.py), never quantised again. Experts of a layer are stacked per
 projection, [E, N, K]; GPT-OSS's alternating gate and up rows are taken apart. What llama.cpp keeps in F32 (vectors,
-biases, routers) is widened exactly; the rest stays BF16. All three architectures rotate halves in llama.cpp too, so q and
-k rows are not permuted. MTP blocks and towers that no model class here computes are left out, and counted in the plan.
+biases, routers) is widened exactly; the rest stays BF16. All three architectures rotate halves in llama.cpp too, so q
+and k rows are not permuted. MTP blocks and towers that no model class here computes are left out; the plan
+counts them.
 
 The head of the file (fields, names, offsets) is written first, from the plan; tensors stream behind it, expert by
 expert, so memory stays near one fused expert tensor of a GPT-OSS layer, or a few experts of the others.

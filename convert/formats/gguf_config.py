@@ -11,6 +11,13 @@ from convert.formats.gguf_names import ARCHES, Arch
 from core.errors import CheckpointError, UnsupportedError
 from core.models.mimo_v2_config import DENSE, FULL, SPARSE, WINDOW
 
+WIDEST = 2**20
+LONGEST = 2**31 - 1  # tokens
+LIMITS = {
+    "block_count": 2**14, "expert_count": 2**14, "expert_used_count": 2**14, "context_length": LONGEST,
+    "attention.sliding_window": LONGEST, "rope.scaling.original_context_length": LONGEST,
+}  # fmt: skip
+
 
 def arch_in(file: GgufFile) -> Arch:
     """The architecture of a file.
@@ -30,13 +37,19 @@ def arch_in(file: GgufFile) -> Arch:
 
 def layers_of(file: GgufFile, arch: Arch) -> int:
     """Decoder layers, without the MTP blocks that llama.cpp counts behind them."""
-    return number(file, arch, "block_count") - file.fields.get(f"{arch.name}.nextn_predict_layers", 0)
+    extra = file.fields.get(f"{arch.name}.nextn_predict_layers", 0)
+    layers = number(file, arch, "block_count") - (extra if type(extra) is int else 0)
+    if not 1 <= layers <= len(file.tensors):
+        raise CheckpointError(f"{file.path}: {layers} layers and {len(file.tensors)} tensors; the file is damaged")
+    return layers
 
 
 def number(file: GgufFile, arch: Arch, key: str) -> int:
+    """A positive number; widths and counts are bounded so that no list or shape made of them can exhaust memory."""
     value = file.need(f"{arch.name}.{key}")
-    if type(value) is not int or not 0 < value < 2**31:
-        raise CheckpointError(f"{file.path}: {arch.name}.{key}={value!r} is no positive number; the file is damaged")
+    limit = LIMITS.get(key, WIDEST)
+    if type(value) is not int or not 0 < value <= limit:
+        raise CheckpointError(f"{file.path}: {arch.name}.{key}={value!r}; expected 1 to {limit}, the file is damaged")
     return value
 
 
@@ -44,10 +57,9 @@ def per_layer(file: GgufFile, arch: Arch, key: str) -> list[int]:
     """A field that is one number for all layers, or a list of at least as many as there are layers."""
     value, layers = file.need(f"{arch.name}.{key}"), layers_of(file, arch)
     values = value if isinstance(value, list) else [value] * layers
-    if len(values) < layers or not all(isinstance(v, int) for v in values):
-        raise CheckpointError(
-            f"{file.path}: {arch.name}.{key} has {len(values)} values for {layers} layers; it is damaged"
-        )
+    least = int(key == "attention.head_count_kv")
+    if len(values) < layers or not all(type(v) in (int, bool) and least <= v <= WIDEST for v in values):
+        raise CheckpointError(f"{file.path}: {arch.name}.{key} is no number for each of {layers} layers; it is damaged")
     return [int(v) for v in values[:layers]]
 
 
@@ -65,9 +77,11 @@ def config_of(file: GgufFile, arch: Arch) -> dict[str, Any]:
     if "rope_freqs.weight" in file.tensors:
         raise UnsupportedError(f"{file.path} holds rope_freqs.weight, rotary factors that config.json has no key for")
     heads, size = number(file, arch, "attention.head_count"), number(file, arch, "embedding_length")
+    key = "attention.key_length"
+    head_dim = number(file, arch, key) if f"{arch.name}.{key}" in file.fields else size // heads
     tokens = file.tensors.get("token_embd.weight")
-    if tokens is None:
-        raise CheckpointError(f"{file.path} lacks token_embd.weight; it is incomplete or no language model")
+    if tokens is None or head_dim < 1:
+        raise CheckpointError(f"{file.path} lacks token_embd.weight or has heads of no width; it is incomplete")
     config = {
         "model_type": arch.model_types[0],
         "vocab_size": tokens.shape[0],
@@ -76,7 +90,7 @@ def config_of(file: GgufFile, arch: Arch) -> dict[str, Any]:
         "num_hidden_layers": layers_of(file, arch),
         "num_attention_heads": heads,
         "num_key_value_heads": per_layer(file, arch, "attention.head_count_kv")[0],
-        "head_dim": file.fields.get(f"{arch.name}.attention.key_length", size // heads),
+        "head_dim": head_dim,
         "max_position_embeddings": number(file, arch, "context_length"),
         "rms_norm_eps": real(file.need(f"{arch.name}.attention.layer_norm_rms_epsilon")),
         "hidden_act": "silu",

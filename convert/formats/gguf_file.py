@@ -2,8 +2,8 @@
 
 A GGUF file is: the magic `GGUF`, a version (2 or 3), the numbers of tensors and of metadata fields (64 bits each), the
 fields {name, type, value}, the tensors {name, dimensions innermost first, type, offset}, padding up to
-`general.alignment`, the data. Everything is little-endian. Files come from strangers: nothing is allocated on the file's
-word alone.
+`general.alignment`, the data. Everything is little-endian. Files come from strangers: nothing is allocated on the
+file's word alone.
 """
 
 import math

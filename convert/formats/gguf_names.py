@@ -8,7 +8,7 @@
 
 A GGUF block of 32 MXFP4 weights is 17 bytes: the scale byte, then 16 bytes whose LOW nibbles are elements 0-15 and
 whose HIGH nibbles are elements 16-31 (`split halves`; everywhere else two neighbours share a byte). Going from one to
-the other moves nibbles and changes no code.
+the other moves nibbles and changes no code. (Code 8, -0, counts as +0 in llama.cpp, whose table is of integers.)
 
 Names: the tables of llama.cpp's loader for each architecture; tests hold them against the gguf package's.
 """

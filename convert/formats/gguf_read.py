@@ -1,6 +1,6 @@
 """A GGUF file as a checkpoint folder: MXFP4 keeps its codes, everything else becomes what its values fit.
 
-    MXFP4 experts          ->  X.weight_packed, X.weight_scale per expert (GPT-OSS: *_blocks, *_scales, rows alternating)
+    MXFP4 experts          ->  X.weight_packed, X.weight_scale per expert (GPT-OSS: *_blocks, *_scales, fused)
     F32, F16, BF16         ->  the dtype that manifest.json beside the file names, else BF16 if that changes no value
     other quantised types  ->  BF16 of the dequantised values
 
@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convert.formats.gguf_config import arch_in, config_of, layers_of
+from convert.formats.gguf_config import arch_in, config_of
 from convert.formats.gguf_file import GgufFile, GgufTensor, open_gguf
 from convert.formats.gguf_names import STACKED, Arch, from_blocks, from_gguf
 from convert.formats.gguf_tokenizer import read_tokenizer
-from convert.source import MANIFEST, open_source
+from convert.source import MANIFEST, Source, open_source, packed_shape
 from core.checkpoint.index import read_json
 from core.checkpoint.writer import ShardWriter, replacing, write_text
 from core.errors import CheckpointError
@@ -183,8 +183,6 @@ def read_gguf(path: Path | str) -> GgufModel:
     """
     file = open_gguf(path)
     arch = arch_in(file)
-    if layers_of(file, arch) < 1:
-        raise CheckpointError(f"{file.path}: no layers besides MTP blocks; the file is damaged")
     manifest = manifest_beside(file.path)
     dtypes = {n: t.get("dtype", "") for n, t in manifest.get("tensors", {}).items() if isinstance(t, dict)}
     return GgufModel(file, arch, config_of(file, arch), dtypes)
@@ -206,6 +204,21 @@ def gguf_in(place: Path) -> Path | None:
             f"{place} has {len(found)} GGUF files; name the one to read (split files: merge them first)"
         )
     return found[0] if found else None
+
+
+def check_shapes(source: Source, path: Path) -> None:
+    """CheckpointError unless the file's fields and its tensors describe one model."""
+    for item in source.items:
+        stored = next(n for end in ("", "_packed", "_blocks") if (n := item.name + end) in source.checkpoint.entries)
+        found = source.checkpoint.entries[stored].shape
+        found = (*found[:-2], found[-2] * found[-1]) if stored.endswith("_blocks") else found
+        wanted = item.shape
+        if stored != item.name:
+            wanted = (*packed_shape(item)[:-1], packed_shape(item)[-1] // 2)
+        if found != wanted:
+            raise CheckpointError(
+                f"{path}: {item.name} has {found}, the file's own fields need {wanted}; it is damaged"
+            )
 
 
 def gguf_to_checkpoint(path: Path | str, out: Path) -> Path:
@@ -239,6 +252,7 @@ def unpacked_gguf(path: Path | str, out: Path) -> tuple[Path, str]:
         packed = "gpt-oss" if model.arch.name == "gpt-oss" else "hf"
         name = packed if model.has_mxfp4 else "bf16"
         source = open_source(part, [])  # strict: every tensor of the model is there, and none besides
+        check_shapes(source, model.file.path)
         raw = FORMATS[name].config(source)
         write_text(part / "config.json", json.dumps(raw, indent=2, sort_keys=True) + "\n")
         if manifest_beside(model.file.path):
