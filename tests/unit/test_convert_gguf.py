@@ -11,6 +11,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import GptOssConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
@@ -24,6 +25,7 @@ from convert.formats.gguf_tokenizer import read_tokenizer, tokenizer_fields
 from convert.load import main as load
 from convert.source import open_source
 from convert.verify import main as verify
+from core.checkpoint.index import open_checkpoint
 from core.errors import CheckpointError, UnsupportedError
 from core.models.build import config_from
 from core.models.experts import find_experts
@@ -351,6 +353,8 @@ def test_tokenizer_there_and_back(name: str, tmp_path: Path) -> None:
     assert back is not None and back(text).input_ids == fast(text).input_ids
     assert back.decode(back(text).input_ids) == fast.decode(fast(text).input_ids)
     assert back.chat_template == fast.chat_template and len(back) == len(fast)
+    steps = [json.loads(t.backend_tokenizer.to_str())["pre_tokenizer"] for t in (fast, back)]
+    assert steps[0] == steps[1]
 
 
 def test_tokenizer_split_by_another_rule_is_refused(tmp_path: Path) -> None:
@@ -475,6 +479,40 @@ def test_any_flipped_byte_of_the_head_ends_in_one_line_or_reads(good: bytes, tmp
             open_gguf(path)
         except CheckpointError as error:
             assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "name", ["cut in the data", "absurd dimension", "offset behind the end", "offset over another"]
+)
+def test_the_head_alone_tells(name: str, good: bytes, tmp_path: Path) -> None:
+    """Before any tensor is read, so before memory is taken for it."""
+    (tmp_path / "bad.gguf").write_bytes(BAD[name](good))
+    with pytest.raises(CheckpointError):
+        open_gguf(tmp_path / "bad.gguf")
+
+
+def test_every_cut_of_the_head_is_found(good: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bad.gguf"
+    for end in range(0, good.index(b"output.weight"), 5):
+        path.write_bytes(good[:end])
+        with pytest.raises(CheckpointError):
+            open_gguf(path)
+
+
+def test_dtypes_without_the_manifest(tmp_path: Path) -> None:
+    """BF16 where that changes no value, but for the correction bias; a value that needs F32 keeps it."""
+    model = saved(MODELS["mimo2"], tmp_path / "model")
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.gate.e_score_correction_bias"].zero_()
+    tensors["model.norm.weight"] = torch.full((32,), 1.0 + 2.0**-20)
+    save_file(tensors, file, metadata={"format": "pt"})
+    assert export(["--to", "gguf", "--from", str(model), "--out", str(tmp_path / "out")]) == 0
+    (tmp_path / "out" / "manifest.json").unlink()
+    back = open_checkpoint(gguf_to_checkpoint(tmp_path / "out" / "model.gguf", tmp_path / "back"))
+    wide = {n for n, e in back.entries.items() if e.dtype == torch.float32}
+    assert wide == {"model.layers.1.mlp.gate.e_score_correction_bias", "model.norm.weight"}
+    assert torch.equal(back.read("model.norm.weight"), tensors["model.norm.weight"])
 
 
 @pytest.mark.slow
