@@ -53,7 +53,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("transformers", "does not read MXFP4 GGUF"),
         Row("vLLM", "experimental GGUF support; not tested here"),
         Row("SGLang", "experimental GGUF support; not tested here"),
-        Row("llama.cpp", "loads MIMO2, QWEN3MOE and GPT_OSS with the MXFP4 type (39)", "older builds lack type 39"),
+        Row("llama.cpp", "loads MIMO2, QWEN3MOE and GPT_OSS with the MXFP4 type (39)",
+            "older builds lack type 39, or silently ignore MiMo's attention.value_scale"),
     ),
     "dcp": (
         Row("torch.distributed.checkpoint", "loads at any world size", "its metadata is a pickle: load only your own"),

@@ -16,7 +16,7 @@ from typing import Any
 
 from core.errors import ConfigError, Fp4FlashError, UnsupportedError
 
-TARGETS = ("hf", "bf16", "mimo", "gpt-oss", "quark", "dcp")
+TARGETS = ("hf", "bf16", "mimo", "gpt-oss", "quark", "gguf", "dcp")
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "chat_template.jinja")
 
 
@@ -70,6 +70,9 @@ def run(options: argparse.Namespace) -> None:
     out = Path(options.out) if options.out else beside(folder, name)
     print(f"From {source.folder}{'' if options.folder else ' (the latest finished run)'} to {out}, format {name}")
     print(summary(plan, source, options.ptq))
+    if format.one_file and source.carried:
+        names = ", ".join(e.name for e in source.carried[:3])
+        print(f"Left out: {len(source.carried):,} tensors that {name} has no place for here ({names}, ...)")
     if options.dry_run:
         print(table(plan))
         return
@@ -172,7 +175,6 @@ def write(
     from convert.packer import Packer
     from convert.source import MANIFEST
     from core.checkpoint.writer import write_text
-    from core.models.load import TOKENIZER_FILES
     from core.mxfp4 import ScaleRule
 
     rule = ScaleRule(ptq) if ptq else source.rule
@@ -183,16 +185,17 @@ def write(
     target.check()
     with files.named_failures(target):
         files.begin(target, files.fingerprint(plan, source, {"format": format.name, "rule": str(rule), "ptq": ptq}))
-        files.write_shards(plan, packer, target, workers)
-        for name in (*TOKENIZER_FILES, *COPIED):
-            if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, target.part / name)
-        write_text(target.part / "config.json", json.dumps(format.config(source), indent=2, sort_keys=True) + "\n")
-        files.write_index(plan, target, format.index_metadata(source))
+        if format.one_file:
+            format.write(source, plan, packer, target, workers)
+        else:
+            files.write_shards(plan, packer, target, workers)
+            small_files(source, format, target)
+            files.write_index(plan, target, format.index_metadata(source))
         coverage = {
             "quantised": len(source.quantised),
             "tensors": len(source.items),
-            "carried": len(source.carried),
+            "carried": len(packer.carried),
+            "left_out": len(source.carried) - len(packer.carried),
             "bytes": plan.nbytes,
         }
         named = rule.value if rule and source.quantised else None
@@ -202,6 +205,17 @@ def write(
         write_text(target.part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         files.finish(target)
     return manifest
+
+
+def small_files(source: Any, format: Any, target: Any) -> None:
+    """config.json, tokenizer, licence."""
+    from core.checkpoint.writer import write_text
+    from core.models.load import TOKENIZER_FILES
+
+    for name in (*TOKENIZER_FILES, *COPIED):
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, target.part / name)
+    write_text(target.part / "config.json", json.dumps(format.config(source), indent=2, sort_keys=True) + "\n")
 
 
 def write_as_dcp(source: Any, format: Any, plan: Any, out: Path, **options: Any) -> dict[str, Any]:

@@ -50,6 +50,12 @@ def run(options: argparse.Namespace) -> None:
 
         with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".dcp-") as temporary:
             convert(unpacked(folder, Path(temporary) / folder.name), out, options)
+        return
+    from convert.formats.gguf_read import gguf_in, unpacked_gguf
+
+    if file := gguf_in(folder):
+        with tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".gguf-") as temporary:
+            convert(unpacked_gguf(file, Path(temporary) / file.stem)[0], out, options)
     else:
         convert(folder, out, options)
 

@@ -22,6 +22,7 @@ class Output:
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    kind: str = ""  # what the file calls its dtype, where that is not safetensors' name
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +52,7 @@ class Format:
     """One dialect of safetensors checkpoints."""
 
     name: str
+    one_file: bool = False  # writes itself, through a method `write`, and has no place for carried tensors
 
     def refuse(self, source: Source) -> None:
         """Raise UnsupportedError, with the reason, for a model that the dialect cannot express."""
@@ -92,7 +94,10 @@ def carried_job(entry: Entry) -> Job:
 def make_plan(format: Format, source: Source, shard_bytes: int = SHARD_BYTES) -> Plan:
     """Jobs in the source's order, cut into shards of at most `shard_bytes` (one job may exceed it alone)."""
     format.refuse(source)
-    jobs = (*format.jobs(source), *(carried_job(entry) for entry in source.carried))
+    jobs = tuple(format.jobs(source))
+    if format.one_file:
+        return Plan(jobs, (jobs,))
+    jobs += tuple(carried_job(entry) for entry in source.carried)
     shards: list[list[Job]] = [[]]
     room = shard_bytes
     for job in jobs:
@@ -113,5 +118,7 @@ def table(plan: Plan) -> str:
             came = ", ".join(i.name for i in job.inputs)
             for out in job.outputs:
                 shape = "x".join(map(str, out.shape)) or "scalar"
-                lines.append(f"  {job.how:<7} {came} -> {out.name}  {DTYPE_NAMES[out.dtype]} {shape}  {out.nbytes:,}")
+                lines.append(
+                    f"  {job.how:<7} {came} -> {out.name}  {out.kind or DTYPE_NAMES[out.dtype]} {shape}  {out.nbytes:,}"
+                )
     return "\n".join(lines)

@@ -68,6 +68,12 @@ def verify(folder: Path, origin: Path | None) -> tuple[str, list[Check]]:
 
         with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".dcp-") as place:
             return "dcp", compare(unpacked(folder, Path(place) / "unpacked"), "bf16", origin)
+    from convert.formats.gguf_read import gguf_in, unpacked_gguf
+
+    if file := gguf_in(folder):
+        with tempfile.TemporaryDirectory(dir=folder.resolve().parent, prefix=".gguf-") as place:
+            layout, name = unpacked_gguf(file, Path(place) / "unpacked")
+            return "gguf", compare(layout, name, origin)
     from core.checkpoint.index import read_json
 
     manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
