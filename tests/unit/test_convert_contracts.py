@@ -17,9 +17,10 @@ from tests.convert_cases import CONFIGS, bytes_of, checkpoint, exported
 PROJECTIONS = {"gate_proj": "wide", "up_proj": "wide", "down_proj": "tall"}
 
 
-def expert_table(
-    experts: str, hidden: int, width: int, count: int, codes: str
-) -> dict[str, tuple[str, tuple[int, ...]]]:
+Table = dict[str, tuple[str, tuple[int, ...]]]  # name: (dtype, shape)
+
+
+def expert_table(experts: str, hidden: int, width: int, count: int, codes: str) -> Table:
     """Names, dtypes and shapes of one layer's routed experts; per expert and projection, codes and scales apart.
 
     The loaders' buffers are w13 [E, 2*width, hidden/2] and w2 [E, hidden, width/2] for codes, /32 in the last
@@ -35,7 +36,7 @@ def expert_table(
     return found
 
 
-def experts_of(folder: Path, layer: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def experts_of(folder: Path, layer: int) -> Table:
     stem = f"model.layers.{layer}.mlp.experts."
     return {n: (dtype, shape) for n, (dtype, shape, _) in bytes_of(folder).items() if n.startswith(stem)}
 
@@ -46,8 +47,8 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 # vLLM, vllm/model_executor/layers/quantization/compressed_tensors/:
 #   compressed_tensors.py (_is_mxfp4) and compressed_tensors_moe/compressed_tensors_moe.py @ 8a95a688: the scheme is
-#   chosen by these five keys of the group that targets Linear; gate, up and down of expert 0 must agree and none of them
-#   may be ignored. compressed_tensors_moe_w4a4_mxfp4.py @ cd5f1c27: buffers w13_weight_packed, w2_weight_packed,
+#   chosen by these five keys of the group that targets Linear; gate, up and down of expert 0 must agree and none may
+#   be ignored. compressed_tensors_moe_w4a4_mxfp4.py @ cd5f1c27: buffers w13_weight_packed, w2_weight_packed,
 #   w13_weight_scale, w2_weight_scale, uint8, groups of 32, and no input scale.
 # SGLang, python/sglang/srt/layers/quantization/compressed_tensors/schemes/, CompressedTensorsW4A16Mxfp4MoE (mid 2026):
 #   the same buffers; an input_global_scale in the file without input_activations in the config is a KeyError; Marlin
@@ -117,10 +118,10 @@ def test_quark(family: str, tmp_path: Path) -> None:
     assert_ignores_exactly_what_is_not_packed(folder, quantisation["exclude"], "")
 
 
-# MiMo store_dtype=mxfp4. vLLM #57784 (MiMoV2Mxfp4Config, swiglu limit set there) and vllm/model_executor/models/mimo_v2.py
-#   @ 055e47c2: hub keys of the config (hybrid_layer_pattern, moe_layer_freq, layernorm_epsilon), qkv_proj.weight F8_E4M3
-#   with qkv_proj.weight_scale_inv, scale rows divided evenly among chunks; attention_sink_bias by name; names with "mtp"
-#   skipped. SGLang #40448, #27638: the same names; experts' weight and weight_scale uint8.
+# MiMo store_dtype=mxfp4. vLLM #57784 (MiMoV2Mxfp4Config, swiglu limit set there) and models/mimo_v2.py @ 055e47c2
+#   (under vllm/model_executor): hub keys of the config (hybrid_layer_pattern, moe_layer_freq, layernorm_epsilon),
+#   qkv_proj.weight F8_E4M3 with qkv_proj.weight_scale_inv, scale rows divided evenly among chunks; attention_sink_bias
+#   by name; names with "mtp" skipped. SGLang #40448, #27638: the same names; experts' weight and weight_scale uint8.
 #   The chunks are num_key_value_heads, in window layers too: published scale rows 216, 108, 116.
 MIMO_KEYS = {
     "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
