@@ -179,8 +179,6 @@ def write(
 
 def write_as_dcp(source: Any, format: Any, plan: Any, out: Path, **options: Any) -> dict[str, Any]:
     """Bake into BF16 in a temporary folder beside `out`, and save that through torch.distributed.checkpoint."""
-    import tempfile
-
     from convert import write as files
     from convert.formats.dcp import write_dcp
     from convert.source import MANIFEST
@@ -188,13 +186,16 @@ def write_as_dcp(source: Any, format: Any, plan: Any, out: Path, **options: Any)
 
     target = files.Target(out)
     target.check()
-    with files.named_failures(target), tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".dcp-") as place:
-        baked = Path(place) / "baked"
+    baked = out.with_name(f".{out.name}.baked")  # a fixed name: a killed export continues there and leaves one copy
+    with files.named_failures(target):
+        shutil.rmtree(baked, ignore_errors=True)
+        target.clear()
         manifest = write(source, format, plan, baked, **options) | {"format": "dcp"}
         files.begin(target, "")
         write_dcp(baked, target.part)
         write_text(target.part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         files.finish(target)
+        shutil.rmtree(baked)
     return manifest
 
 
