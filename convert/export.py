@@ -61,8 +61,8 @@ def run(options: argparse.Namespace) -> None:
         raise UnsupportedError(
             f"--what {options.what}: no drafter trainer exists yet, so there is none to export; use --what target"
         )
-    if options.workers < 1 or options.shard_gb <= 0:
-        raise ConfigError(f"--workers {options.workers} --shard-gb {options.shard_gb}: both must be positive")
+    if options.workers < 1 or not 0 < options.shard_gb < 2**20:
+        raise ConfigError(f"--workers {options.workers} --shard-gb {options.shard_gb}: both must be positive numbers")
     folder = Path(options.folder) if options.folder else latest_run(Path(options.runs))
     source = open_source(folder, selected(options, folder))
     format = format_named("bf16" if options.to == "dcp" else options.to, source)
@@ -144,6 +144,7 @@ def write(
     from convert.manifest import build
     from convert.packer import Packer
     from convert.source import MANIFEST
+    from core.checkpoint.index import inside
     from core.checkpoint.writer import write_text
     from core.models.load import TOKENIZER_FILES
     from core.mxfp4 import ScaleRule
@@ -159,7 +160,7 @@ def write(
         files.write_shards(plan, packer, target, workers)
         for name in (*TOKENIZER_FILES, *COPIED):
             if (source.folder / name).is_file():
-                shutil.copyfile(source.folder / name, target.part / name)
+                shutil.copyfile(inside(source.folder, name), target.part / name)
         write_text(target.part / "config.json", json.dumps(format.config(source), indent=2, sort_keys=True) + "\n")
         files.write_index(plan, target, format.index_metadata(source))
         coverage = {
