@@ -60,8 +60,8 @@ def run(options: argparse.Namespace) -> None:
         raise UnsupportedError(
             f"--what {options.what}: no drafter trainer exists yet, so there is none to export; use --what target"
         )
-    if options.workers < 1 or options.shard_gb <= 0:
-        raise ConfigError(f"--workers {options.workers} --shard-gb {options.shard_gb}: both must be positive")
+    if options.workers < 1 or not 0 < options.shard_gb < 2**20:
+        raise ConfigError(f"--workers {options.workers} --shard-gb {options.shard_gb}: both must be positive numbers")
     folder = Path(options.folder) if options.folder else latest_run(Path(options.runs))
     source = opened(options, folder)
     format = format_named("bf16" if options.to == "dcp" else options.to, source)
@@ -209,19 +209,18 @@ def write(
 
 def small_files(source: Any, format: Any, target: Any) -> None:
     """config.json, tokenizer, licence."""
+    from core.checkpoint.index import inside
     from core.checkpoint.writer import write_text
     from core.models.load import TOKENIZER_FILES
 
     for name in (*TOKENIZER_FILES, *COPIED):
         if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, target.part / name)
+            shutil.copyfile(inside(source.folder, name), target.part / name)
     write_text(target.part / "config.json", json.dumps(format.config(source), indent=2, sort_keys=True) + "\n")
 
 
 def write_as_dcp(source: Any, format: Any, plan: Any, out: Path, **options: Any) -> dict[str, Any]:
     """Bake into BF16 in a temporary folder beside `out`, and save that through torch.distributed.checkpoint."""
-    import tempfile
-
     from convert import write as files
     from convert.formats.dcp import write_dcp
     from convert.source import MANIFEST
@@ -229,13 +228,16 @@ def write_as_dcp(source: Any, format: Any, plan: Any, out: Path, **options: Any)
 
     target = files.Target(out)
     target.check()
-    with files.named_failures(target), tempfile.TemporaryDirectory(dir=out.resolve().parent, prefix=".dcp-") as place:
-        baked = Path(place) / "baked"
+    baked = out.with_name(f".{out.name}.baked")  # a fixed name: a killed export continues there and leaves one copy
+    with files.named_failures(target):
+        shutil.rmtree(baked, ignore_errors=True)
+        target.clear()
         manifest = write(source, format, plan, baked, **options) | {"format": "dcp"}
         files.begin(target, "")
         write_dcp(baked, target.part)
         write_text(target.part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
         files.finish(target)
+        shutil.rmtree(baked)
     return manifest
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from core.checkpoint.index import Checkpoint, Entry, open_checkpoint, read_json
+from core.checkpoint.index import Checkpoint, Entry, inside, open_checkpoint, read_json
 from core.checkpoint.keymap import EXPERT_TENSOR, Kind, Recipe, expert_keys, family_of, parts, to_checkpoint
 from core.checkpoint.reader import Reader
 from core.errors import CheckpointError, ConfigError
@@ -153,7 +153,7 @@ def open_source(folder: Path | str, select: Iterable[str] | None = None) -> Sour
         run, trained, rule = from_run(folder)
         chosen = trained if chosen is None else chosen
         folder = folder / RUN_MODEL
-    manifest = read_json(folder / MANIFEST) if (folder / MANIFEST).is_file() else {}
+    manifest = read_json(inside(folder, MANIFEST)) if (folder / MANIFEST).is_file() else {}
     if manifest:
         check_manifest(manifest, folder)
         rule = ScaleRule(manifest["scale_rule"]) if manifest.get("scale_rule") else rule
@@ -182,8 +182,11 @@ def from_run(folder: Path) -> tuple[dict[str, Any], set[str], ScaleRule | None]:
     rule = None
     if (folder / "selection.json").is_file():
         selection = read_json(folder / "selection.json")
-        chosen = {t["name"] for t in selection["tensors"]}
-        rule = ScaleRule(selection["rule"]) if chosen else None
+        try:
+            chosen = {t["name"] for t in selection["tensors"]}
+            rule = ScaleRule(selection["rule"]) if chosen else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder / 'selection.json'} is damaged ({error!r}); train the run again") from error
     return run, chosen, rule
 
 
@@ -199,10 +202,11 @@ def check_manifest(manifest: dict[str, Any], folder: Path) -> None:
             f"{folder / MANIFEST}: nibble_order={order!r}; expected low_first or split_halves: not a file of ours"
         )
     rule = manifest.get("scale_rule")
-    if rule is not None and rule not in {r.value for r in ScaleRule}:
+    if rule is not None and rule not in [r.value for r in ScaleRule]:
         raise CheckpointError(f"{folder / MANIFEST}: scale_rule={rule!r}; expected even, floor or rceil")
-    if not isinstance(manifest.get("tensors", {}), dict):
-        raise CheckpointError(f"{folder / MANIFEST}: tensors is no object; the file is damaged, export again")
+    tensors = manifest.get("tensors", {})
+    if not isinstance(tensors, dict) or not all(isinstance(t, dict) for t in tensors.values()):
+        raise CheckpointError(f"{folder / MANIFEST}: tensors is no object of objects; it is damaged, export again")
 
 
 def canonical(

@@ -30,7 +30,7 @@ from convert.plan import Job, Plan
 from convert.source import Source
 from core.checkpoint.index import DTYPE_NAMES, INDEX, SINGLE
 from core.checkpoint.writer import sync, write_text
-from core.errors import CheckpointError
+from core.errors import CheckpointError, Fp4FlashError
 
 MEMORY = 2**30  # bytes of tensors in the making at one time
 ALIGNMENT = 8  # safetensors pads its header to a multiple of it
@@ -49,6 +49,11 @@ class Target:
     @property
     def journal(self) -> Path:
         return self.out.with_name(f".{self.out.name}.journal")
+
+    def clear(self) -> None:
+        """Forget what an earlier try left in the hidden places."""
+        shutil.rmtree(self.part, ignore_errors=True)
+        shutil.rmtree(self.journal, ignore_errors=True)
 
     def check(self) -> None:
         """CheckpointError if `out` holds something already."""
@@ -71,9 +76,12 @@ def shard_name(number: int, count: int) -> str:
 
 @contextmanager
 def named_failures(target: Target) -> Iterator[None]:
-    """A full or read-only disk in one line; what was written stays for the next try."""
+    """A full or read-only disk in one line; what was written stays for the next try, unless the source is at fault."""
     try:
         yield
+    except Fp4FlashError:
+        target.clear()
+        raise
     except OSError as error:
         why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
         raise CheckpointError(
@@ -86,8 +94,7 @@ def begin(target: Target, mark: str) -> None:
     """Keep the shards of an interrupted run of the same plan; else start with empty folders."""
     known = target.journal / "plan"
     if not (known.is_file() and known.read_text() == mark and target.part.is_dir()):
-        shutil.rmtree(target.part, ignore_errors=True)
-        shutil.rmtree(target.journal, ignore_errors=True)
+        target.clear()
         target.part.mkdir(parents=True)
         target.journal.mkdir()
         write_text(known, mark)
@@ -100,8 +107,9 @@ def write_shards(plan: Plan, packer: Packer, target: Target, workers: int, memor
         for number, shard in enumerate(plan.shards):
             record = target.journal / f"shard-{number + 1:05}.json"
             path = target.part / shard_name(number, count)
-            if record.is_file() and path.is_file():
-                recall(packer, json.loads(record.read_text()))
+            saved = finished(record, path, shard)
+            if saved is not None:
+                recall(packer, saved)
                 bar.update(sum(j.nbytes for j in shard))
                 continue
             before = {k: set(v) for k, v in records(packer).items()}
@@ -109,6 +117,15 @@ def write_shards(plan: Plan, packer: Packer, target: Target, workers: int, memor
             new = {k: {n: h for n, h in v.items() if n not in before[k]} for k, v in records(packer).items()}
             write_text(record.with_suffix(".partial"), json.dumps(new))
             record.with_suffix(".partial").rename(record)
+
+
+def finished(record: Path, path: Path, shard: Iterable[Job]) -> dict[str, dict[str, str]] | None:
+    """What the journal says of a shard that is whole on the disk; None: it is to be written."""
+    try:
+        saved, size = json.loads(record.read_text()), path.stat().st_size
+    except (OSError, ValueError):
+        return None
+    return saved if size == len(header(shard)) + sum(j.nbytes for j in shard) else None
 
 
 def records(packer: Packer) -> dict[str, dict[str, str]]:

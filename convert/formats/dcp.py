@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
@@ -46,7 +47,10 @@ def write_dcp(baked: Path, out: Path) -> None:
     state: dict[str, Tensor] = {}
     for file in sorted(baked.glob("*.safetensors")):
         state |= load_file(file)
-    dcp.save(state, checkpoint_id=str(out), no_dist=True)
+    try:
+        dcp.save(state, checkpoint_id=str(out), no_dist=True)
+    except CheckpointException as error:  # what happened is inside, by rank: a full disk stays an OSError
+        raise next(iter(error.failures.values()))[0] from error
     copy_small_files(baked, out)
 
 

@@ -32,6 +32,9 @@ class GptOss(Format):
             )
         if not source.quantised:
             raise UnsupportedError(f"{source.folder} has no quantised tensor to pack; use --to bf16")
+        for item in source.quantised:
+            if not item.transposed:
+                raise UnsupportedError(f"--to gpt-oss packs experts, and {item.name} is none; use --to bf16")
 
     def jobs(self, source: Source) -> Iterator[Job]:
         for item in source.items:

@@ -108,7 +108,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     if (folder / INDEX).exists():
         return Checkpoint(folder, sharded(folder), config)
     if (folder / SINGLE).exists():
-        return Checkpoint(folder, read_header(folder / SINGLE), config)
+        return Checkpoint(folder, read_header(inside(folder, SINGLE)), config)
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is not a folder; download the checkpoint there, or set model.path to where it is"
@@ -129,30 +129,47 @@ def sharded(folder: Path) -> dict[str, Entry]:
     entries: dict[str, Entry] = {}
     for file_name in sorted(set(weight_map.values())):
         path = folder / file_name
-        if Path(file_name).is_absolute() or ".." in Path(file_name).parts or "\\" in file_name:
+        odd = "\\" in file_name or not file_name.isprintable()
+        if Path(file_name).is_absolute() or ".." in Path(file_name).parts or odd:
             raise CheckpointError(
                 f"{folder / INDEX} points outside the folder ({file_name!r}); do not use this checkpoint"
             )
         if not path.is_file():
             raise CheckpointError(f"{path} is named in {INDEX} but missing; the download is incomplete, repeat it")
-        found = read_header(path)
+        found = read_header(inside(folder, file_name))
         for name in found:
             if weight_map.get(name) != file_name:
                 where = weight_map.get(name, "nowhere")
                 raise CheckpointError(f"{path} holds {name}, which {INDEX} places {where}; download both again")
         entries |= found
     missing = next((name for name in weight_map if name not in entries), None)
-    if missing:
+    if missing is not None:
         raise CheckpointError(
-            f"{folder / weight_map[missing]} lacks {missing}, which {INDEX} places there; download it again"
+            f"{folder / weight_map[missing]} lacks {missing!r}, which {INDEX} places there; download it again"
         )
     return entries
+
+
+def inside(folder: Path, name: str) -> Path:
+    """`folder / name`, whose symlinks stay in the folder.
+
+    The hub's cache is the one layout whose links leave it: snapshots/<revision>/<name> -> ../../blobs/<hash>. Any other
+    link out is refused: a downloaded folder could name a private file, and an export would carry that along.
+
+    Raises:
+        CheckpointError
+    """
+    path, home = (folder / name).resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (path.is_relative_to(home) or path.is_relative_to(blobs)):
+        raise CheckpointError(f"{folder / name} is a link that leads out of the folder, to {path}; copy the file there")
+    return folder / name
 
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not readable JSON ({type(error).__name__}); download it again") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object; download it again")
@@ -169,7 +186,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             raise CheckpointError(f"{damaged} (header of {length} bytes in a file of {size}); download it again")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{damaged} (its header is no JSON); download it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{damaged} (its header is no object); download it again")
@@ -186,6 +203,8 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def parse(name: str, value: Any, path: Path, base: int) -> Entry:
+    if not name.isprintable():
+        raise CheckpointError(f"{path}: the tensor name {name!r} is not text; download it again")
     try:
         dtype, shape, (start, stop) = DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
         sound = all(type(n) is int and n >= 0 for n in (*shape, start, stop))

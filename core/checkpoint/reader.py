@@ -43,6 +43,28 @@ class Reader:
         found = self.entry(key).dtype
         return found if found in (torch.float32, torch.float16) else torch.bfloat16
 
+    def check_stored(self) -> None:
+        """Shapes of the files against the model's, before anything of the model's size is allocated.
+
+        Raises:
+            CheckpointError: they are of different models.
+        """
+        for name, recipe in self.plan.recipes.items():
+            shape = self.shapes[name]
+            if recipe.kind is Kind.experts:
+                shape = (shape[1] // recipe.width, shape[2])
+            elif recipe.kind is Kind.qkv:
+                stem = name.rsplit(".", 2)[0]
+                shape = (sum(self.shapes[f"{stem}.{p}_proj.weight"][0] for p in "qkv"), *shape[1:])
+            elif recipe.kind is Kind.gpt_oss:
+                shape = (shape[0], shape[2], shape[1] // 32, 16)
+            for key in recipe.keys[: 1 if recipe.kind is Kind.gpt_oss else None]:
+                stored = self.entry(key)
+                coded = recipe.kind is not Kind.gpt_oss and key in self.plan.scales and stored.dtype == torch.uint8
+                wanted = (*shape[:-1], shape[-1] // 2) if coded else shape
+                if stored.shape != wanted:
+                    raise wrong_shape(key, stored.shape, wanted)
+
     def order(self, wanted: Collection[str] | None = None) -> list[str]:
         """Names to read, sorted by where they lie, so that disks are read forwards."""
         names = [n for n in self.plan.recipes if wanted is None or n in wanted]

@@ -102,7 +102,9 @@ def plan_reader(model: nn.Module, checkpoint: Checkpoint, model_type: str) -> Re
     """A reader for every tensor of `model` (meta or real)."""
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     plan = make_plan(checkpoint, model_type, shapes, tied=tied_names(model))
-    return Reader(checkpoint, plan, shapes, qkv_chunks=getattr(model.config, "num_key_value_heads", 1) or 1)
+    reader = Reader(checkpoint, plan, shapes, qkv_chunks=getattr(model.config, "num_key_value_heads", 1) or 1)
+    reader.check_stored()
+    return reader
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:

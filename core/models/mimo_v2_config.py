@@ -174,7 +174,7 @@ def flags(bits: list[int] | None, names: tuple[str, str], key: str) -> list[str]
 def agree(name: str, value: Any, alias: str, other: Any, default: Any) -> Any:
     """The one value that two spellings give, or the default when neither is there."""
     if value is not None and other is not None and value != other:
-        raise ConfigError(f"config.json: {name}={value} and {alias}={other} disagree; keep the right one")
+        raise ConfigError(f"config.json: {name}={value!r} and {alias}={other!r} disagree; keep the right one")
     return value if value is not None else other if other is not None else default
 
 
