@@ -74,7 +74,6 @@ class Arm:
             ParallelConfig(),
             micro_batches=1,
             device=torch.device(device),
-            seed=0,
         )
         slot.append(self.engine)
         self.hook: Any = Quantiser(self.engine, selection, config, Method.snap) if quantised else NoHook()

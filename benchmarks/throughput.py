@@ -95,7 +95,7 @@ class Arm:
             for layer in model.model.layers:
                 layer.compile()
         self.engine = build_engine(
-            model, loss_fn, OptimConfig(lr=1e-3), ParallelConfig(), micro_batches=1, device=torch.device(device), seed=0
+            model, loss_fn, OptimConfig(lr=1e-3), ParallelConfig(), micro_batches=1, device=torch.device(device)
         )
 
     def step(self, batch: Batch) -> torch.Tensor:

@@ -83,7 +83,8 @@ def nano_base(config: QATConfig) -> Path:
     """The trained BF16 nano model for this geometry, text (Python's own) and seed; from the cache when it is there."""
     nano, data = config.model.nano, config.data
     assert nano is not None, "configs/model/nano_mimo_v2.yaml sets it"
-    key = json.dumps([asdict(nano), asdict(data), config.train.seed, sys.version], default=str, sort_keys=True)
+    text = [data.source, data.root, data.train, data.max_bytes, data.seq_len, data.shuffle_buffer, data.loss_on]
+    key = json.dumps([asdict(nano), text, config.train.seed, sys.version], default=str, sort_keys=True)
     cache = Path(config.run.cache)
     name = f"nano-base-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     result = cache / name / "model"
@@ -127,7 +128,6 @@ def train_base(config: QATConfig, nano: NanoConfig, tokenizer: object, run: Run)
         ParallelConfig(),
         micro_batches=1,
         device=device(train),
-        seed=train.seed,
     )
     stream = train_stream(config.data, tokenizer, batch_size=nano.batch_size, seed=train.seed)
     model.train()

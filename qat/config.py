@@ -61,7 +61,8 @@ class QuantConfig:
     select: list[str] = field(default_factory=lambda: ["experts"])  # `experts`, or fnmatch patterns on names
     skip: list[str] = field(default_factory=list)  # patterns of expert tensors left out on purpose
     start_step: int = 0
-    layer_start_steps: dict[int, int] = field(default_factory=dict)  # layer index -> first quantised step
+    # layer -> first quantised step, in place of start_step; on the command line: '+quant.layer_start_steps={3:100}'
+    layer_start_steps: dict[int, int] = field(default_factory=dict)
     check_grid_every: int = 50  # forwards between checks that selected weights are on the grid; 0 = off
 
 

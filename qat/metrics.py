@@ -5,7 +5,6 @@ oscillation rate  share of sampled values that flipped back: the flip returns to
                   at most WINDOW steps after it. Nagel et al. 2022 (arXiv:2203.11086, section 3) count an oscillation
                   when a weight's integer changes opposite to its previous change; the window makes it a rate.
 clip rate         share of sampled weights whose magnitude lies above the largest code, 6 x scale
-snap error        relative squared error of snapping the sampled weights, sum (w - snap w)^2 / sum w^2
 
 A value stands for its code and scale. Values are read off the snapped BF16 weights, one small copy a tensor and step;
 everything else happens once a step on all samples together, and nothing waits for the device.
@@ -113,13 +112,6 @@ def clip_rate(weight: Tensor, rule: ScaleRule) -> float:
     blocks = sample(weight.detach().to(torch.bfloat16).reshape(-1)).to(torch.float32)
     scale = scale_values(scale_bytes(blocks.abs().amax(-1), rule))
     return float((blocks.abs() > E2M1_MAX * scale[:, None]).float().mean())
-
-
-def snap_error(weight: Tensor, rule: ScaleRule) -> float:
-    """Relative squared error of snapping sampled blocks (along the last dimension): sum (w - snap w)^2 / sum w^2."""
-    blocks = sample(weight.detach().to(torch.bfloat16).reshape(-1)).to(torch.float32)
-    lost = (blocks - snap(blocks, rule)).double().square().sum()
-    return float(lost / blocks.double().square().sum().clamp(min=torch.finfo(torch.float64).tiny))
 
 
 class ExpertCounter:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.errors import ConfigError
+from core.errors import ConfigError, ResourceError
 from core.models.load import LoadedModel, load_model, meta_model, save_model
 from core.mxfp4 import snap
 from core.run import Run, open_run, start_run, write_json
+from core.train.config import DataSource
 from core.train.data import eval_batches, train_stream
 from core.train.data.documents import data_root
 from core.train.data.stream import TrainStream
@@ -58,6 +59,7 @@ def train(config: QATConfig, resolved: str) -> Run:
         layers = open_layers(folder, target, model.attention, model.experts)
         loaded = layers.loaded
     else:
+        check_fits(config, folder, target)
         loaded = load_model(folder, device=target, attention=model.attention, experts=model.experts)
     selection = covered(loaded, config, say)
     set_trainable(loaded.model, config.trainable.patterns, selection)
@@ -80,6 +82,24 @@ def train(config: QATConfig, resolved: str) -> Run:
     else:
         train_steps(config, run, loaded, selection, stream)
     return finish(config, run, folder, selection, target)
+
+
+def check_fits(config: QATConfig, folder: Path, target: torch.device) -> None:
+    """Every process loads the whole model before anything divides it: refuse one that its GPU cannot hold.
+
+    Raises:
+        ResourceError: the weights are larger than the GPU; names the way that works.
+    """
+    if target.type != "cuda":
+        return
+    weights = sum(2 * p.numel() for p in meta_model(folder)[0].parameters())
+    room = torch.cuda.get_device_properties(target).total_memory
+    if weights > 0.95 * room:
+        raise ResourceError(
+            f"model={config.model.name} has {weights / 1e9:.1f} GB of BF16 weights, each process loads them whole "
+            f"(parallel={config.parallel.mode.value} divides them later) and this GPU has {room / 1e9:.1f} GB; "
+            "use +experiment=layerwise"
+        )
 
 
 def check_schedule(config: QATConfig, selection: Selection) -> None:
@@ -128,7 +148,6 @@ def train_steps(config: QATConfig, run: Run, loaded: LoadedModel, selection: Sel
         config.parallel,
         micro_batches=micro,
         device=device(train_config),
-        seed=train_config.seed,
     )
     engine_slot.append(engine)
     hook = make_hook(engine, selection, config)
@@ -264,11 +283,18 @@ def evaluate_run(config: QATConfig) -> None:
     print(compare(config, run, base, selection, target))
 
 
+TEXTS = {
+    DataSource.embedded: "text of this Python's library",
+    DataSource.jsonl: "your JSON lines",
+    DataSource.hub: "a hub dataset",
+}
+
+
 def announce(config: QATConfig, say: Any) -> None:
     if config.model.name == NANO and config.model.path is None:
         say(
             "Model: the embedded demo, a nano MiMo-V2 (hybrid attention, sinks, sigmoid router), "
-            "on text of this Python's library."
+            f"on {TEXTS[config.data.source]}."
         )
         say(
             "For a real one: python -m qat.train +experiment=mimo_fp4 model=mimo_v2_flash model.path=DIR (see --help)\n"

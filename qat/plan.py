@@ -72,14 +72,24 @@ class Facts:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU by purpose, and on the host for it."""
+    """Bytes on one GPU by purpose, and on the host for it. `loading`: before the model is divided over GPUs."""
 
     parts: tuple[tuple[str, float], ...]
     host: float = 0.0
+    loading: float = 0.0
 
     @property
     def total(self) -> float:
         return sum(size for _, size in self.parts)
+
+    @property
+    def peak(self) -> float:
+        return max(self.total, self.loading)
+
+    @property
+    def gpu(self) -> int | None:
+        """The smallest GPU size in GB that holds it with a tenth to spare."""
+        return next((size for size in GPU_SIZES if self.peak <= 0.9 * size * GB), None)
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,7 @@ def make_plan(
             layerwise[size] = one_layer(facts, config, size * GB)
         except ConfigError:
             continue
-    days = tuple(time_days(facts, config, assume, layerwise, columns))
+    days = tuple(time_days(facts, config, assume, layerwise, columns, memory))
     return Plan(
         config.model.name,
         config.qat,
@@ -250,6 +260,7 @@ def whole_model(facts: Facts, config: QATConfig, mode: ParallelMode, gpus: int) 
             ("logits", 16 * facts.vocab * min(tokens, config.loss.chunk_tokens)),
         ),
         host=masters + moments if off else 0.0,
+        loading=2 * (facts.total + teacher),
     )
 
 
@@ -304,14 +315,16 @@ def time_days(
     assume: Assumptions,
     layerwise: dict[int, tuple[int, Memory]],
     columns: tuple[int, ...],
+    memory: dict[tuple[ParallelMode, int], Memory],
 ) -> list[tuple[str, float]]:
-    """(label, days) of the chosen method."""
+    """(label, days) of the chosen method, for numbers of GPUs that some mode fits."""
     rate = assume.tflops * 1e12
     if config.qat is not Method.layerwise:
         met = facts.active - facts.embedding
         per_parameter = 6 + (2 if config.loss.kl else 0) + (2 if config.train.activation_checkpointing else 0)
         flops = per_parameter * met * tokens_in_step(config) * config.train.steps
-        return [(f"{n} GPU{'s' * (n > 1)}, {config.train.steps} steps", flops / rate / n / 86400) for n in columns]
+        fitting = [n for n in columns if any(m.gpu for (_, gpus), m in memory.items() if gpus == n)]
+        return [(f"{n} GPU{'s' * (n > 1)}, {config.train.steps} steps", flops / rate / n / 86400) for n in fitting]
     result = []
     for size, (slices, _) in layerwise.items():
         tokens = config.layerwise.steps * config.layerwise.batch_size * config.data.seq_len

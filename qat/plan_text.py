@@ -28,16 +28,15 @@ def model_lines(plan: Plan) -> list[str]:
 
 
 def fits(memory: Memory) -> str:
-    """The smallest GPU size that holds it with a tenth to spare."""
-    for size in GPU_SIZES:
-        if memory.total <= 0.9 * size * GB:
-            return f"fits {size} GB"
-    return NO
+    return f"fits {memory.gpu} GB" if memory.gpu else NO
 
 
 def breakdown(memory: Memory) -> list[str]:
     lines = [f"  {name:<44}{size / GB:>12,.2f} GB" for name, size in memory.parts]
-    lines.append(f"  {'memory per GPU':<44}{memory.total / GB:>12,.2f} GB   {fits(memory)}")
+    if memory.loading > memory.total:
+        lines.append(f"  {'in training':<44}{memory.total / GB:>12,.2f} GB")
+        lines.append(f"  {'while loading: every process reads all of it':<44}{memory.loading / GB:>12,.2f} GB")
+    lines.append(f"  {'memory per GPU':<44}{memory.peak / GB:>12,.2f} GB   {fits(memory)}")
     if memory.host:
         lines.append(f"  {'host memory for each GPU (offload)':<44}{memory.host / GB:>12,.2f} GB")
     return lines
@@ -68,7 +67,7 @@ def whole_lines(plan: Plan) -> list[str]:
         cells = []
         for n in plan.columns:
             memory = plan.memory.get((mode, n))
-            cells.append("-" if memory is None else f"{memory.total / GB:,.1f} ({fits(memory)})")
+            cells.append("-" if memory is None else cell(plan, mode, memory))
         lines.append(f"  {mode.value:<10}" + "".join(f"{cell:>28}" for cell in cells))
     if plan.method is not Method.layerwise:
         if not any(fits(memory) != NO for memory in plan.memory.values()):
@@ -79,6 +78,13 @@ def whole_lines(plan: Plan) -> list[str]:
             mode = ParallelMode.none if n == 1 else ParallelMode.zero3
             lines += [f"{mode.value} on {n} GPU{'s' * (n > 1)}, each holds", *breakdown(plan.memory[mode, n])]
     return lines
+
+
+def cell(plan: Plan, mode: ParallelMode, memory: Memory) -> str:
+    """One entry of the table; a combination that the trainer refuses is not said to fit."""
+    if mode is ParallelMode.zero3 and plan.method is Method.snap and any(t.dim != -1 for t in plan.selection.tensors):
+        return "refused: [in, out] experts"
+    return f"{memory.peak / GB:,.1f} ({fits(memory)})"
 
 
 def disk_lines(plan: Plan) -> list[str]:

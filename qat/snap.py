@@ -35,7 +35,6 @@ class Quantiser:
         self.counter = ExpertCounter(engine.model)
         self.checker = GridChecker(engine.model, self, config.check_grid_every)
         self.step = 0
-        self.seen: dict[str, Any] = {}
 
     def active(self, step: int) -> list[str]:
         """Names quantised in the forward that follows `step` finished steps."""
@@ -53,8 +52,9 @@ class Quantiser:
         for shard in self.engine.working_shards(names) if names else ():
             if self.method is Method.snap:
                 self.snap_shard(shard)
-            if shard.start == 0:
-                self.tracker.update(shard.name, shard.flat, step)
+            values = sampled(shard, self.tensors[shard.name])
+            if values is not None:
+                self.tracker.update(shard.name, values, step)
 
     def snap_shard(self, shard: Shard) -> None:
         tensor = self.tensors[shard.name]
@@ -72,7 +72,7 @@ class Quantiser:
             refuse_transposed_shard(tensor)
 
     def metrics(self, step: int) -> dict[str, Any]:
-        """Flip, oscillation and clip rates, and snap error, since the last call; checks the NaN flag."""
+        """Flip and oscillation rates since the last call; checks the NaN flag."""
         raise_if_flagged(self.flag, f"a selected weight at step {step}")
         return self.tracker.metrics()
 
@@ -84,11 +84,8 @@ class Quantiser:
         counter = copy.copy(self.counter)
         counter.counts = self.counts_of_all_ranks()
         names = [n for n, p in self.engine.model.named_parameters() if p.requires_grad and n in self.tensors]
-        rates = [
-            clip_rate(s.flat, self.config.rule)
-            for s in self.engine.master_shards(names)
-            if self.tensors[s.name].dim == -1 and s.start == 0
-        ]
+        masters = (sampled(s, self.tensors[s.name]) for s in self.engine.master_shards(names))
+        rates = [clip_rate(m, self.config.rule) for m in masters if m is not None]
         return {
             "clip_rate": sum(rates) / len(rates) if rates else None,
             "tokens_per_expert": counter.table(),
@@ -110,6 +107,18 @@ class Quantiser:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.tracker.load_state_dict(state["tracker"])
         self.counter.load_state_dict(state["counter"] if self.engine.rank == 0 else {})
+
+
+def sampled(shard: Shard, tensor: Selected) -> Tensor | None:
+    """What code statistics look at, flat, blocks one after another: the shard, or of [in, out] experts the first one.
+
+    None for a part of a tensor that does not begin it, or that cuts its blocks.
+    """
+    if shard.start:
+        return None
+    if tensor.dim == -1:
+        return shard.flat
+    return shard.flat.view(shard.shape)[0].transpose(tensor.dim, -1).reshape(-1) if shard.whole else None
 
 
 def snap_transposed_(weight: Tensor, dim: int, snap_last_: Callable[[Tensor], Tensor]) -> None:

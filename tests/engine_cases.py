@@ -49,7 +49,7 @@ def batch_of(step: int) -> Batch:
 def engine_of(optim: OptimConfig | None = None, dtype: torch.dtype = torch.bfloat16, micro: int = 1) -> LocalEngine:
     engine = build_engine(
         TinyModel().to(dtype), loss_fn, optim or OptimConfig(lr=1e-2), ParallelConfig(), micro_batches=micro,
-        device=CPU, seed=0,
+        device=CPU,
     )  # fmt: skip
     assert isinstance(engine, LocalEngine)
     return engine

@@ -10,7 +10,6 @@ from core.config import CONFIG_DIR, load
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "kernels", "qat", "draft_training", "convert", "infer")
 PIPELINES = {"qat", "draft_training", "convert", "infer"}
-ENTRIES = {"train.py", "evaluate.py", "export.py", "load.py", "verify.py", "generate.py", "serve.py", "validate.py"}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 

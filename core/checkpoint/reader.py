@@ -109,15 +109,15 @@ class Reader:
     def fetch(self, key: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """One checkpoint tensor, dequantised if it is stored quantised."""
         stored = self.entry(key)
-        if shape is not None and key not in self.plan.scales and stored.shape != shape:
-            raise wrong_shape(key, stored.shape, shape)
-        tensor = self.checkpoint.read(stored.name)
         if key not in self.plan.scales:
-            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+            if not stored.dtype.is_floating_point or stored.dtype.itemsize == 1:
                 raise CheckpointError(
-                    f"{key} is stored as {tensor.dtype} without scales; convert the checkpoint to BF16 first"
+                    f"{key} is stored as {stored.dtype} without scales; convert the checkpoint to BF16 first"
                 )
-            return tensor
+            if shape is not None and stored.shape != shape:
+                raise wrong_shape(key, stored.shape, shape)
+            return self.checkpoint.read(stored.name)
+        tensor = self.checkpoint.read(stored.name)
         scale = self.checkpoint.read(self.plan.scales[key])
         if tensor.dtype == torch.uint8:
             return dequantise_mxfp4(tensor, scale.view(torch.uint8))

@@ -53,7 +53,6 @@ def build_engine(
     *,
     micro_batches: int,
     device: torch.device,
-    seed: int,  # noqa: ARG001
 ) -> Engine:
     """The engine of `parallel.mode` around a model whose requires_grad flags say what is trained.
 

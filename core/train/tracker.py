@@ -29,13 +29,14 @@ class WandbTracker:
     def __init__(self, config: TrackerConfig, folder: Path) -> None:
         try:
             import wandb
+            from wandb.errors import Error
         except ImportError as error:
             raise ConfigError("tracker=wandb needs the package wandb: pip install wandb") from error
         try:
             self.run = wandb.init(
                 project=config.project, name=folder.name, dir=str(folder), id=folder.name, resume="allow"
             )
-        except wandb.errors.Error as error:
+        except Error as error:
             raise ConfigError(
                 f"tracker=wandb could not start ({one_sentence(error)}); run `wandb login`, or set WANDB_MODE=offline"
             ) from error

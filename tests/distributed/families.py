@@ -46,7 +46,7 @@ def losses(family: str, mode: str, method: str) -> list[float] | str:
     set_trainable(model, ["quantized", "*norm.weight"], selection)
     engine = build_engine(
         model.train(), make_loss(LossConfig(kl=0.0, ce=1.0), None), OptimConfig(lr=1e-3),
-        ParallelConfig(ParallelMode[mode]), micro_batches=1, device=CPU, seed=0,
+        ParallelConfig(ParallelMode[mode]), micro_batches=1, device=CPU,
     )  # fmt: skip
     hook = Quantiser(engine, selection, quant, Method[method])
     if method == "fake_quant":

@@ -100,7 +100,7 @@ def engine_of(phase: Phase, model: nn.Module, slot: list[Engine]) -> Engine:
         return ZeroEngine(
             model, loss_fn, optim, parallel, micro_batches=phase.micro, device=CPU, overrides=phase.overrides
         )
-    return build_engine(model, loss_fn, optim, parallel, micro_batches=phase.micro, device=CPU, seed=0)
+    return build_engine(model, loss_fn, optim, parallel, micro_batches=phase.micro, device=CPU)
 
 
 def run(phase: Phase) -> Result:

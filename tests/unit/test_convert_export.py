@@ -128,7 +128,7 @@ def test_select_rounds_what_it_names(tmp_path: Path, capsys: Any) -> None:
     source = checkpoint(tmp_path / "model", "qwen3_moe", rule=None)
     words = ("--to", "hf", "--from", str(source), "--out", str(tmp_path / "hf"))
     assert "--ptq" in failure(capsys, *words, "--select", "*.down_proj")
-    assert "matches no tensor" in failure(capsys, *words, "--ptq", "even", "--select", "*.nothing")
+    assert "matches no matrix" in failure(capsys, *words, "--ptq", "even", "--select", "*.nothing")
     folder = exported(source, "hf", tmp_path / "hf", "--ptq", "even", "--select", "*.1.mlp.experts.down_proj")
     packed = {n for n in tensors_of(folder) if n.endswith("_packed")}
     assert packed == {f"model.layers.1.mlp.experts.{e}.down_proj.weight_packed" for e in range(4)}

@@ -181,14 +181,14 @@ def test_any_range_is_read_from_whichever_files_have_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", [ParallelMode.fsdp2, ParallelMode.ep])
 def test_modes_refused_by_name(mode: ParallelMode) -> None:
     with pytest.raises(UnsupportedError, match=rf"parallel={mode.value} .*use parallel=zero3"):
-        build_engine(tiny(), loss_fn, ADAMW, ParallelConfig(mode), micro_batches=1, device=CPU, seed=0)
+        build_engine(tiny(), loss_fn, ADAMW, ParallelConfig(mode), micro_batches=1, device=CPU)
 
 
 @pytest.mark.parametrize("mode", [ParallelMode.zero2, ParallelMode.zero3])
 def test_muon_under_zero_is_refused_by_name(mode: ParallelMode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.train.engines.start_processes", lambda *_: (0, 1))
     with pytest.raises(UnsupportedError, match=f"optim=muon needs whole matrices and parallel={mode.value}"):
-        build_engine(tiny(), loss_fn, MUON, ParallelConfig(mode), micro_batches=1, device=CPU, seed=0)
+        build_engine(tiny(), loss_fn, MUON, ParallelConfig(mode), micro_batches=1, device=CPU)
 
 
 def test_forgotten_mode_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_gradients_are_the_sum_of_scaled_losses() -> None:
 def test_names_are_the_models_own_under_compile() -> None:
     model = TinyModel()
     model.head = torch.compile(model.head, backend="eager")  # type: ignore[assignment]
-    engine = build_engine(model, loss_fn, OptimConfig(), ParallelConfig(), micro_batches=1, device=CPU, seed=0)
+    engine = build_engine(model, loss_fn, OptimConfig(), ParallelConfig(), micro_batches=1, device=CPU)
     assert [s.name for s in engine.working_shards(["head.weight"])] == ["head.weight"]
     assert "head.weight" in dict(engine.full_tensors())
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, MiMoV2FlashConfig, Qwen3MoeConfig
 
 from core.models.experts import find_experts
-from core.mxfp4 import ScaleRule, snap
-from qat.metrics import SAMPLE_BLOCKS, WINDOW, CodeTracker, ExpertCounter, clip_rate, sample, snap_error
+from core.mxfp4 import ScaleRule
+from qat.metrics import SAMPLE_BLOCKS, WINDOW, CodeTracker, ExpertCounter, clip_rate, sample
 
 SIZE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -104,13 +104,6 @@ def test_sample_takes_whole_blocks_over_the_whole_tensor() -> None:
 def test_clip_rate(rule: ScaleRule, share: float) -> None:
     block = weights(7.0)  # floor: scale 1, 7 lies above 6; even and rceil take scale 2
     assert clip_rate(block, rule) == share
-
-
-def test_snap_error() -> None:
-    assert snap_error(weights(1.0, 6.0), ScaleRule.even) == 0.0
-    block = torch.randn(4, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    lost = (block.double() - snap(block).double()).square().sum() / block.double().square().sum()
-    assert snap_error(block, ScaleRule.even) == pytest.approx(float(lost), rel=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
