@@ -124,10 +124,19 @@ def test_whole_model_text_and_teachers() -> None:
 
 
 def test_time_scales_with_rate_and_gpus(pro_model) -> None:
-    slow = make_plan(config(optim=OptimConfig()), pro_model, Assumptions(tflops=100)).days
-    fast = make_plan(config(), pro_model, Assumptions(tflops=200)).days
+    slow = make_plan(config(optim=OptimConfig()), tiny(), Assumptions(tflops=100)).days
+    fast = make_plan(config(), tiny(), Assumptions(tflops=200)).days
     assert slow[0][1] == pytest.approx(2 * fast[0][1])
     assert fast[0][1] == pytest.approx(8 * fast[1][1])
+    assert not make_plan(config(), pro_model).days, "no time for what fits nowhere"
+
+
+def test_loading_counts() -> None:
+    """Every process reads the whole model and clones the teacher's part of it before ZeRO divides them."""
+    plan = make_plan(config(), tiny())
+    memory = plan.memory[ParallelMode.zero3, 64]
+    assert memory.loading == 2 * (plan.facts.total + plan.facts.trained)
+    assert memory.peak == max(memory.total, memory.loading)
 
 
 def test_activation_checkpointing_and_dense_selection() -> None:
