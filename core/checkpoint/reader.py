@@ -60,6 +60,8 @@ class Reader:
                 shape = (shape[0], shape[2], shape[1] // 32, 16)
             for key in recipe.keys[: 1 if recipe.kind is Kind.gpt_oss else None]:
                 stored = self.entry(key)
+                if key not in self.plan.scales and stored.dtype == torch.uint8 and recipe.kind is not Kind.gpt_oss:
+                    raise without_scales(key, stored.dtype)
                 coded = recipe.kind is not Kind.gpt_oss and key in self.plan.scales and stored.dtype == torch.uint8
                 wanted = (*shape[:-1], shape[-1] // 2) if coded else shape
                 if stored.shape != wanted:
@@ -109,15 +111,13 @@ class Reader:
     def fetch(self, key: str, shape: tuple[int, ...] | None = None) -> Tensor:
         """One checkpoint tensor, dequantised if it is stored quantised."""
         stored = self.entry(key)
-        if key not in self.plan.scales:
-            if not stored.dtype.is_floating_point or stored.dtype.itemsize == 1:
-                raise CheckpointError(
-                    f"{key} is stored as {stored.dtype} without scales; convert the checkpoint to BF16 first"
-                )
-            if shape is not None and stored.shape != shape:
-                raise wrong_shape(key, stored.shape, shape)
-            return self.checkpoint.read(stored.name)
+        if shape is not None and key not in self.plan.scales and stored.shape != shape:
+            raise wrong_shape(key, stored.shape, shape)
         tensor = self.checkpoint.read(stored.name)
+        if key not in self.plan.scales:
+            if not tensor.is_floating_point() or tensor.dtype.itemsize == 1:
+                raise without_scales(key, tensor.dtype)
+            return tensor
         scale = self.checkpoint.read(self.plan.scales[key])
         if tensor.dtype == torch.uint8:
             return dequantise_mxfp4(tensor, scale.view(torch.uint8))
@@ -145,6 +145,10 @@ class Reader:
                 raise CheckpointError(
                     f"{key} in {self.entry(key).file} has a NaN or Inf; the checkpoint is damaged, download it again"
                 )
+
+
+def without_scales(key: str, dtype: torch.dtype) -> CheckpointError:
+    return CheckpointError(f"{key} is stored as {dtype} without scales; convert the checkpoint to BF16 first")
 
 
 def wrong_shape(key: str, found: tuple[int, ...], expected: tuple[int, ...]) -> CheckpointError:

@@ -116,6 +116,8 @@ class MiMoV2Config(PreTrainedConfig):
             )
         self.swa_num_key_value_heads = self.swa_num_key_value_heads or 2 * self.num_key_value_heads
         self.routed_scaling_factor = 1.0 if self.routed_scaling_factor is None else float(self.routed_scaling_factor)
+        if self.attention_value_scale is not None:
+            self.attention_value_scale = float(self.attention_value_scale)  # transformers' class takes no int
         self.rope_parameters = rope(self.rope_parameters, kwargs)
         self.refuse(kwargs)
         super().__post_init__(**kwargs)

@@ -139,6 +139,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], tuple[str, ...]]] = {
         lambda f: (f / "manifest.json").write_text('{"tensors": {"model.norm.weight": 3}}'),
         ("manifest.json", "export again"),
     ),
+    "config with a million experts": (
+        lambda f: edit_json(f / "config.json", lambda c: c.update(num_local_experts=10**6)),
+        ("num_local_experts=1000000", "beyond any model"),
+    ),
     "config is huge": (
         lambda f: edit_json(f / "config.json", lambda c: c.update(hidden_size=2**40, vocab_size=2**40)),
         ("config.json",),

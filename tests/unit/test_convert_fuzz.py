@@ -3,6 +3,7 @@
 Seeds are fixed, so a failure names the mutation that made it. `slow` runs ten thousand more.
 """
 
+import copy
 import json
 import random
 import shutil
@@ -60,15 +61,15 @@ def mutate_json(generator: random.Random, value: Any) -> None:
         node, key = spot
         action = generator.random()
         if action < 0.6:
-            node[key] = generator.choice(VALUES)
+            node[key] = copy.deepcopy(generator.choice(VALUES))
         elif action < 0.75 and isinstance(node[key], int | float):
             node[key] = node[key] * generator.choice((-1, 2, 3, 10**6)) + generator.choice((-1, 0, 1))
         elif action < 0.9:
             del node[key]
         elif isinstance(node, dict):
-            node[generator.choice(("x", "", "model.norm.weight", "\0", "__metadata__"))] = node[key]
+            node[generator.choice(("x", "", "model.norm.weight", "\0", "__metadata__"))] = copy.deepcopy(node[key])
         else:
-            node.append(node[key])
+            node.append(copy.deepcopy(node[key]))
 
 
 def mutate_bytes(generator: random.Random, data: bytes) -> bytes:
