@@ -115,7 +115,8 @@ def router(gate_FH: Tensor, experts_EW: Tensor, always_on: int, stats: FFNStats,
     """(weight [E, H], correction bias [E]), float64.
 
     A routed expert's row is the mean of its unit gate rows, sized so that its logit has the standard deviation `scale`
-    over the calibration tokens.
+    over the calibration tokens. Its bias takes the mean logit out of the choice (not out of the weight): an expert is
+    chosen because its gates open more than they usually do.
     """
     experts = experts_EW.shape[0]
     weight_EH = torch.zeros(experts, gate_FH.shape[1], dtype=torch.float64)
@@ -127,4 +128,5 @@ def router(gate_FH: Tensor, experts_EW: Tensor, always_on: int, stats: FFNStats,
         direction_H = F.normalize(gate_FH[experts_EW[expert]].double(), dim=1).mean(0)
         spread = (direction_H @ covariance_HH @ direction_H).clamp_min(1e-24).sqrt()
         weight_EH[expert] = direction_H * (scale / spread)
+        bias_E[expert] = 0.5 - torch.sigmoid(weight_EH[expert] @ mean_H)
     return weight_EH, bias_E
