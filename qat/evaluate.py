@@ -35,6 +35,7 @@ class Rows:
 
 
 Arm = dict[str, Rows]
+REFERENCES, STARTS = ("BF16", "teacher"), ("PTQ", "start")  # arms: what KL is measured to, what training set out from
 
 
 @torch.no_grad()

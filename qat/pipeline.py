@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError, ResourceError
-from core.models.load import LoadedModel, load_model, meta_model, save_model
+from core.models.load import LoadedModel, load_model, load_tokenizer, meta_model, save_model
 from core.mxfp4 import snap
 from core.run import Run, open_run, start_run, write_json
 from core.train.config import DataSource
@@ -25,7 +25,7 @@ from core.train.loop import Loop, NoHook, finished_checkpoints, rows_per_rank
 from core.train.state import StateReader
 from core.train.tracker import make_tracker
 from qat.base import device, model_folder
-from qat.config import NANO, Method, QATConfig, QuantFormat
+from qat.config import NANO, Method, QATConfig, QuantFormat, Teacher
 from qat.evaluate import Arm, arm_sums, held_out_loss
 from qat.fake_quant import use_fake_quant
 from qat.layer_checkpoint import open_layers
@@ -153,7 +153,8 @@ def train_steps(config: QATConfig, run: Run, loaded: LoadedModel, selection: Sel
     hook = make_hook(engine, selection, config)
     evaluator = Evaluator(config, loaded, engine)
     tracker = make_tracker(config.tracker, run.folder, engine.rank)
-    Loop(engine, stream, train_config, config.optim, run, hook, evaluator, tracker, title="QAT").run()
+    title = "QAT" if selection.tensors else "train"
+    Loop(engine, stream, train_config, config.optim, run, hook, evaluator, tracker, title=title).run()
     tracker.close()
     save_model(on_grid_tensors(engine, selection, config), loaded, run.model, rank=engine.rank)
     if config.optim.ema:
@@ -232,7 +233,10 @@ def finish(config: QATConfig, run: Run, base: Path, selection: Selection, target
 
 
 def compare(config: QATConfig, run: Run, base: Path, selection: Selection, target: torch.device) -> str:
-    """BF16, PTQ and the run's model on the same held-out rows; writes the report and returns its text."""
+    """The run's model on held-out rows, beside BF16 and PTQ; writes the report and returns its text.
+
+    A run without quantisation that has another model for a teacher is judged by it: teacher, start, trained.
+    """
 
     def load(folder: Path) -> LoadedModel:
         return load_model(folder, device=target, attention=config.model.attention, experts=config.model.experts)
@@ -245,12 +249,15 @@ def compare(config: QATConfig, run: Run, base: Path, selection: Selection, targe
             found = score_tasks(loaded.model, loaded.tokenizer, config.eval, data_root(config.data))
             tasks.extend({"arm": name, **result.as_json()} for result in found)
 
-    reference = load(base)
+    healing = not selection.tensors and config.loss.kl > 0 and config.loss.teacher is Teacher.path
+    reference = load(Path(config.loss.teacher_path or base) if healing else base)
     batches = eval_batches(
-        config.data, reference.tokenizer, config.train.micro_batch_size or min(config.train.batch_size, 8)
+        config.data, load_tokenizer(base), config.train.micro_batch_size or min(config.train.batch_size, 8)
     )
     arms: dict[str, Arm] = {}
-    measure("BF16", reference)
+    measure("teacher" if healing else "BF16", reference)
+    if healing:
+        measure("start", load(base))
     if selection.tensors:
         student = load(base)
         ptq_(student.model, selection, config.quant)

@@ -8,10 +8,12 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+from qat.evaluate import REFERENCES, STARTS
+
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")  # Okabe-Ito, safe for colour blindness
 CURVES = (
     (("loss",), "training loss\n(nats/token)"),
-    (("kl",), "KL to BF16\n(nats/token)"),
+    (("kl",), "KL to teacher\n(nats/token)"),
     (("grad_norm",), "gradient norm"),
     (("lr",), "learning rate"),
     (("flip_rate", "oscillation_rate"), "codes changed\n(share per step)"),
@@ -56,12 +58,14 @@ def plot_curves(metrics: list[dict[str, Any]], path: Path) -> None:
 def plot_recovery(
     arms: dict[str, dict[str, dict[str, float]]], shares: dict[str, dict[str, dict[str, float]]], path: Path
 ) -> None:
-    """Left: KL to the BF16 model by domain and arm. Right: share of PTQ's KL removed, with 95 % intervals.
+    """Left: KL to the reference by domain and arm. Right: share of the start's KL removed, with 95 % intervals.
 
     Args:
-        arms: report.json's `arms`. shares: its `kl_removed_by_domain`.
+        arms: report.json's `arms`: the reference (BF16, or the teacher), the start (PTQ, or the model as it was), and
+            what was trained. shares: its `kl_removed_by_domain`.
     """
-    names = [n for n in arms if n != "BF16"]
+    reference, start = (next(n for n in arms if n in known) for known in (REFERENCES, STARTS))
+    names = [n for n in arms if n != reference]
     domains = list(next(iter(arms.values())))
     figure, (left, right) = plt.subplots(1, 2, figsize=(3 + 1.9 * len(domains), 3.6), width_ratios=(3, 2))
     width = 0.8 / len(names)
@@ -69,8 +73,8 @@ def plot_recovery(
         offsets = [i + (place - (len(names) - 1) / 2) * width for i in range(len(domains))]
         bars = left.bar(offsets, [arms[name][d]["kl"] for d in domains], width, label=name, color=COLOURS[place])
         left.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
-    left.set_ylabel("KL to the BF16 model (nats/token)")
-    left.set_title("What quantisation costs, and what training gives back", fontsize=10)
+    left.set_ylabel(f"KL to the {reference} model (nats/token)")
+    left.set_title("What was lost, and what training gives back", fontsize=10)
     left.legend(frameon=False)
     for place, (name, found) in enumerate(shares.items()):
         offsets = [i + (place - (len(shares) - 1) / 2) * 0.2 for i in range(len(domains))]
@@ -82,7 +86,7 @@ def plot_recovery(
     right.axhline(0, color="0.5", linewidth=0.8)
     right.set_ylim(top=105)
     right.set_xlim(-0.5, len(domains) - 0.5)
-    right.set_ylabel("share of PTQ's KL removed (%)")
+    right.set_ylabel(f"share of {start}'s KL removed (%)")
     right.set_title("95 % bootstrap over rows", fontsize=10)
     for axis in (left, right):
         axis.set_xticks(range(len(domains)), domains)

@@ -2,6 +2,8 @@
 
 Headline: the share of PTQ's KL that QAT removes, 1 - KL(QAT) / KL(PTQ), where each KL is the mean over domains of the
 mean over tokens. Its 95 % interval resamples the rows of every domain with replacement, the same rows for both arms.
+Without quantisation the same table has other arms: a run with another model for a teacher shows `teacher`, `start` and
+`trained`, and the share of the start's KL to the teacher that training removed.
 Loss alone misleads: training on in-domain text lowers it below the BF16 model's while the model drifts away from it.
 """
 
@@ -14,7 +16,7 @@ import torch
 
 from core.run import Run, write_json
 from qat.config import EvalConfig
-from qat.evaluate import Arm
+from qat.evaluate import REFERENCES, STARTS, Arm
 from qat.plots import plot_curves, plot_recovery
 from qat.select import Selection
 
@@ -72,7 +74,7 @@ def summarise(arm: Arm) -> dict[str, dict[str, float]]:
 def recovery_table(arms: dict[str, Arm], shares: dict[str, Share]) -> str:
     """Aligned text: loss and KL of every arm by domain, then the headline."""
     names = list(arms)
-    others = [n for n in names if n != "BF16"]
+    others = [n for n in names if n not in REFERENCES]
     head = f"{'domain':14}" + "".join(f"{'loss ' + n:>13}" for n in names) + "".join(f"{'KL ' + n:>12}" for n in others)
     lines = [head]
     tables = {n: summarise(a) for n, a in arms.items()}
@@ -85,8 +87,9 @@ def recovery_table(arms: dict[str, Arm], shares: dict[str, Share]) -> str:
     lines.append(
         f"{'mean':14}" + "".join(f"{mean[n]:>13.4f}" for n in names) + "".join(f"{kls[n]:>12.5f}" for n in others)
     )
+    reference, start = (next((n for n in names if n in known), None) for known in (REFERENCES, STARTS))
     lines += [
-        f"\n{name} removes {share} of PTQ's KL to the BF16 model (95 % bootstrap over rows)"
+        f"\n{name} removes {share} of {start}'s KL to the {reference} model (95 % bootstrap over rows)"
         for name, share in shares.items()
     ]
     return "\n".join(lines)
@@ -97,13 +100,11 @@ def write_report(
 ) -> str:
     """Write report.json, report.md and the plots; returns what to print."""
     extra = extra or {}
-    shares = {
-        n: removed(arms["PTQ"], a, config.bootstrap)
-        for n, a in arms.items()
-        if "PTQ" in arms and n not in {"BF16", "PTQ"}
-    }
+    start = next((a for n, a in arms.items() if n in STARTS), None)
+    trained = {n: a for n, a in arms.items() if n not in REFERENCES + STARTS}
+    shares = {n: removed(start, a, config.bootstrap) for n, a in trained.items()} if start else {}
     table = recovery_table(arms, shares)
-    domains = {n: removed_by_domain(arms["PTQ"], arms[n], config.bootstrap) for n in shares}
+    domains = {n: removed_by_domain(start, arms[n], config.bootstrap) for n in shares} if start else {}
     metrics = run.metrics()
     rates = {k: next((r[k] for r in reversed(metrics) if k in r), None) for k in ("flip_rate", "oscillation_rate")}
     value = {

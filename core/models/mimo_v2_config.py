@@ -141,7 +141,8 @@ class MiMoV2Config(PreTrainedConfig):
                     f"config.json: {key} has {len(given)} entries {sorted(set(given))}; "
                     f"expected {self.num_hidden_layers} of {sorted(values)}"
                 )
-        for key in ("num_key_value_heads", "swa_num_key_value_heads"):
+        heads = {FULL: "num_key_value_heads", WINDOW: "swa_num_key_value_heads"}
+        for key in (heads[kind] for kind in sorted(set(self.layer_types))):  # of layers that exist
             if self.num_attention_heads % getattr(self, key):
                 raise ConfigError(
                     f"config.json: {key}={getattr(self, key)} does not divide "
