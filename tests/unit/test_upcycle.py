@@ -94,6 +94,8 @@ def test_clusters_find_planted_directions() -> None:
     found = balanced_clusters(F.normalize(directions[owner] + 0.02 * noise, dim=1), 5, seed=3)
     assert sorted(sorted({int(owner[i]) for i in row}) for row in found) == [[0], [1], [2], [3], [4]]
     assert found.shape == (5, 8)
+    shapeless = F.normalize(noise, dim=1)
+    assert not torch.equal(balanced_clusters(shapeless, 5, seed=0), balanced_clusters(shapeless, 5, seed=1))
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -185,8 +187,13 @@ def test_dry_run_reads_only_the_configuration(folder: Path, tmp_path: Path, caps
 
 def test_the_real_geometry_fits_transformers() -> None:
     """SmolLM2-135M: 9 heads and 3 KV heads, so window layers (6) would be refused, but there are none."""
-    smol = LlamaConfig(hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3)
+    smol = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
     config = moe_config(smol, Split(8, 16, 8, 0.05))
+    # 134.5M of the dense model and 30 routers of 24 x 576; 8 idle experts of 3 x 576 x 64 in each of 30 layers
+    assert "134.9M parameters, 108.4M active" in geometry(config, Split(8, 16, 8, 0.05))
     assert config.fits_transformers and config.moe_intermediate_size == 64 and config.num_experts_per_tok == 16
     with pytest.raises(Exception, match="swa_num_key_value_heads=6 does not divide"):
         MiMoV2Config(num_attention_heads=9, num_key_value_heads=3)
