@@ -24,6 +24,7 @@ class Cli:
     ) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-m", module, *overrides, f"run.root={self.root}", f"run.cache={self.cache}"]
         environment = os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
         return subprocess.run(
             words,
             cwd=ROOT,

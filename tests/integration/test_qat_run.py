@@ -71,9 +71,51 @@ def test_resume_after_the_end_changes_nothing(cli: Cli, finished: Path) -> None:
     assert all(torch.equal(before[n], after[n]) for n in before)
 
 
-def test_plain_bf16_trainer_is_the_same_code(cli: Cli, finished: Path) -> None:
-    done = cli.demo("run.name=bf16", "quant=none", "loss=ce", "trainable.patterns=[all]")
+def test_plain_bf16_trainer_is_the_same_code(cli: Cli, base: Path) -> None:
+    """quant=none alone: every weight, cross-entropy; the held-out loss falls."""
+    done = cli.demo("run.name=bf16", "quant=none", "train.steps=60", "optim.lr=1e-3", "train.eval_every=0")
     assert done.returncode == 0, done.stderr
+    arms = json.loads((cli.root / "bf16" / "report.json").read_text())["arms"]
+    before, after = (sum(d["loss"] for d in arms[name].values()) / len(arms[name]) for name in ("BF16", "trained"))
+    assert after < before - 0.1, "held-out loss"
+    before, after = model_tensors(base), model_tensors(cli.root / "bf16" / "model")
+    assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])
+    assert "recovery.png" not in done.stdout
+
+
+def test_averages_ship_beside_the_model(cli: Cli, finished: Path) -> None:
+    """optim.ema: model/ is what it was without it, model-ema/ is another model, on the grid too."""
+    done = cli.demo("run.name=ema", "optim.ema=0.5")
+    assert done.returncode == 0, done.stderr
+    model, averaged = (model_tensors(cli.root / "ema" / folder) for folder in ("model", "model-ema"))
+    assert all(torch.equal(model[n], t) for n, t in model_tensors(finished / "model").items())
+    experts = [n for n in averaged if ".experts." in n]
+    assert all(on_grid(averaged[n]) for n in experts)
+    assert any(not torch.equal(averaged[n], model[n]) for n in experts)
+
+
+def test_report_on_demand_and_with_other_settings(finished: Path, cache: Path) -> None:
+    """qat.evaluate gives the run's own numbers again; how it evaluates may change, what the run was may not."""
+    before = json.loads((finished / "report.json").read_text())
+    cli = Cli(finished.parent, cache)
+    assert cli("run.resume=whole", "eval.bootstrap=50", module="qat.evaluate").returncode == 0
+    again = json.loads((finished / "report.json").read_text())
+    assert again["arms"] == before["arms"]
+    refused = cli("run.resume=whole", "data.eval_rows=3", module="qat.evaluate")
+    assert refused.returncode == 2 and "data.eval_rows=3 differs from the run" in refused.stderr
+
+
+def test_trackers_write_where_they_are_told(cli: Cli, finished: Path) -> None:
+    for name in ("tensorboard", "wandb"):
+        done = cli.demo(f"run.name={name}", f"tracker={name}")
+        assert done.returncode == 0, done.stderr
+        assert any((cli.root / name / name).rglob("*")), f"{name} wrote nothing"
+
+
+def test_a_failed_command_leaves_no_run(cli: Cli, finished: Path) -> None:
+    done = cli.demo("run.name=broken", "quant.select=[nothing]")
+    assert done.returncode == 2 and not (cli.root / "broken").exists()
+    assert not (cli.root / "latest").exists()
 
 
 def test_dry_run_of_the_1t_model_needs_no_weights(cli: Cli) -> None:
