@@ -183,11 +183,6 @@ def check_losses(config: QATConfig) -> None:
     loss = config.loss
     if not loss.kl and not loss.ce:
         raise ConfigError("loss.kl=0 and loss.ce=0 leave nothing to train on; set one of them")
-    for kind, path in ((Teacher.path, loss.teacher_path), (Teacher.topk, loss.topk_path)):
-        if loss.kl and loss.teacher is kind and not path:
-            raise ConfigError(
-                f"loss.teacher={kind.value} needs loss.{'teacher' if kind is Teacher.path else 'topk'}_path=DIR"
-            )
     if config.quant.format is QuantFormat.none and not loss.ce and loss.teacher in (Teacher.base, Teacher.masters):
         raise ConfigError(
             f"quant=none with loss.teacher={loss.teacher.value} alone is the KL of a model to itself, always 0; "

@@ -25,7 +25,7 @@ from core.train.loop import Loop, NoHook, finished_checkpoints, rows_per_rank
 from core.train.state import StateReader
 from core.train.tracker import make_tracker
 from qat.base import device, model_folder
-from qat.config import NANO, Method, QATConfig, QuantFormat, Teacher
+from qat.config import NANO, LossConfig, Method, QATConfig, QuantFormat, Teacher
 from qat.evaluate import Arm, arm_sums, held_out_loss
 from qat.fake_quant import use_fake_quant
 from qat.layer_checkpoint import open_layers
@@ -64,6 +64,7 @@ def train(config: QATConfig, resolved: str) -> Run:
     selection = covered(loaded, config, say)
     set_trainable(loaded.model, config.trainable.patterns, selection)
     check_schedule(config, selection)
+    check_teacher(config.loss)
     check_tasks(config, loaded)
     rows = config.layerwise.batch_size if layers else config.train.batch_size
     stream = train_stream(
@@ -108,6 +109,13 @@ def check_schedule(config: QATConfig, selection: Selection) -> None:
     wrong = sorted(set(config.quant.layer_start_steps) - layers)
     if wrong:
         raise ConfigError(f"quant.layer_start_steps names layer {wrong[0]}, which has no quantised tensor")
+
+
+def check_teacher(loss: LossConfig) -> None:
+    """ConfigError for a teacher that needs a folder and was given none."""
+    needs = {Teacher.path: "teacher_path", Teacher.topk: "topk_path"}.get(loss.teacher)
+    if loss.kl and needs and not getattr(loss, needs):
+        raise ConfigError(f"loss.teacher={loss.teacher.value} needs loss.{needs}=DIR")
 
 
 def check_tasks(config: QATConfig, loaded: LoadedModel) -> None:
