@@ -32,7 +32,9 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "mimo": (
         Row("transformers", "does not read it", "export --to hf"),
-        Row("vLLM", "loads since #57784 (fp8 + store_dtype=mxfp4)", "older versions take the experts for FP8"),
+        Row("vLLM", "loads since #57784 (fp8 + store_dtype=mxfp4)",
+            "older versions take the experts for FP8; 055e47c2 cuts fused QKV by each layer's own KV heads, where "
+            "48-layer releases have the full layers' 4 chunks in window layers too"),
         Row("SGLang", "V2.6 models since #40448; #27638 dequantises to block FP8", "else: KeyError w2_weight_scale"),
         Row("llama.cpp", "does not read it", "export --to gguf"),
     ),
