@@ -37,6 +37,7 @@ def build(
         carried: of bytes handed through.
     """
     quantised = {i.name for i in source.quantised}
+    reencoded = with_ancestors(source, hashes, reencoded)
     tensors = {
         i.name: {
             "sha256": hashes[i.name],
@@ -65,6 +66,18 @@ def build(
         "licence_of_base": licence(source.folder),
         "made_with": versions(),
     }
+
+
+def with_ancestors(source: Source, hashes: Mapping[str, str], reencoded: Mapping[str, str]) -> dict[str, str]:
+    """`reencoded`, with the hash a tensor had before the first lossy encoding of its line of exports.
+
+    So a folder made from a `mimo` folder names the model that one was made from, and its drafter still fits.
+    """
+    listed, found = source.manifest.get("tensors", {}), dict(reencoded)
+    for name, first in source.manifest.get("reencoded", {}).items():
+        if listed.get(name, {}).get("sha256") == reencoded.get(name, hashes.get(name)):
+            found[name] = first
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -188,7 +188,8 @@ def against_source(source: Any, hashes: dict[str, str], origin: Path) -> Check:
     theirs = decoded(open_source(origin, [i.model_name for i in source.quantised]))
     if source.manifest.get("method") == "ptq":
         return Check("source", f"{origin}: not compared, this folder was rounded from it (ptq)", True)
-    wrong = sorted(n for n in theirs.keys() | hashes.keys() if theirs.get(n) != reencoded.get(n, hashes.get(n)))
+    names = theirs.keys() | hashes.keys()
+    wrong = sorted(n for n in names if theirs.get(n) not in (hashes.get(n), reencoded.get(n, hashes.get(n))))
     text = f"{len(wrong)} differ, first {wrong[0]}" if wrong else f"{len(theirs) - len(reencoded):,} bit-equal"
     again = f", {len(reencoded):,} encoded anew (FP8, lossy)" if reencoded else ""
     return Check("source", f"{text}{again}, {origin}", not wrong)
