@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.errors import ConfigError, Fp4FlashError, UnsupportedError
+from convert.command import ended
+from core.errors import ConfigError, UnsupportedError
 
 TARGETS = ("hf", "bf16", "mimo", "gpt-oss", "quark", "gguf", "dcp")
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "chat_template.jinja")
@@ -40,16 +41,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    options = arguments(words)
-    try:
-        run(options)
-    except Fp4FlashError as error:
-        print(f"convert.export: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert.export: interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    return ended("convert.export", run, arguments(words), "the same command continues")
 
 
 def run(options: argparse.Namespace) -> None:

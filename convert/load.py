@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from core.errors import Fp4FlashError
+from convert.command import ended
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -31,16 +31,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    options = arguments(words)
-    try:
-        run(options)
-    except Fp4FlashError as error:
-        print(f"convert.load: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert.load: interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    return ended("convert.load", run, arguments(words), "the same command continues")
 
 
 def run(options: argparse.Namespace) -> None:

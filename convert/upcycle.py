@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import CheckpointError, ConfigError, DataError, Fp4FlashError
+from convert.command import ended
+from core.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from core.train.batch import Batch
@@ -47,16 +48,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    options = arguments(words)
-    try:
-        run(options)
-    except Fp4FlashError as error:
-        print(f"convert.upcycle: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert.upcycle: interrupted, nothing was written; run the same command again", file=sys.stderr)
-        return 130
-    return 0
+    return ended("convert.upcycle", run, arguments(words), "nothing was written, run the same command again")
 
 
 def run(options: argparse.Namespace) -> None:

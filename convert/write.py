@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from convert.packer import Packer
-from convert.plan import Job, Plan
+from convert.plan import Job, Output, Plan
 from convert.source import Source
 from core.checkpoint.index import DTYPE_NAMES, INDEX, SINGLE
 from core.checkpoint.writer import sync, write_text
@@ -157,6 +157,15 @@ def made(jobs: Iterable[Job], packer: Packer, workers: int, memory: int) -> Iter
             pool.shutdown(wait=True, cancel_futures=True)
 
 
+def require_planned(output: Output, tensor: Tensor) -> None:
+    """CheckpointError unless the tensor is what the plan, and so the file's header, says."""
+    if (tensor.dtype, tuple(tensor.shape)) != (output.dtype, output.shape):
+        raise CheckpointError(
+            f"{output.name} came out as {tensor.dtype} {tuple(tensor.shape)}, the plan says {output.dtype} "
+            f"{output.shape}; config.json and weights are of different models"
+        )
+
+
 def write_shard(path: Path, shard: Iterable[Job], tensors: Iterator[tuple[Job, list[Tensor]]], bar: tqdm) -> None:
     """One safetensors file under a temporary name, synced, then renamed."""
     partial = path.with_suffix(".partial")
@@ -164,11 +173,7 @@ def write_shard(path: Path, shard: Iterable[Job], tensors: Iterator[tuple[Job, l
         file.write(header(shard))
         for job, outputs in tensors:
             for output, tensor in zip(job.outputs, outputs, strict=True):
-                if (tensor.dtype, tuple(tensor.shape)) != (output.dtype, output.shape):
-                    raise CheckpointError(
-                        f"{output.name} came out as {tensor.dtype} {tuple(tensor.shape)}, the plan says {output.dtype} "
-                        f"{output.shape}; config.json and weights are of different models"
-                    )
+                require_planned(output, tensor)
                 if tensor.numel():
                     file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 bar.update(output.nbytes)

@@ -26,7 +26,8 @@ from convert.formats.gguf_tokenizer import tokenizer_fields
 from convert.packer import Packer
 from convert.plan import Format, Job, Output, Plan
 from convert.source import Item, Source
-from core.errors import CheckpointError, UnsupportedError
+from convert.write import require_planned
+from core.errors import UnsupportedError
 from core.mxfp4 import BLOCK, Packed
 
 FILE = "model.gguf"
@@ -190,11 +191,7 @@ def write_data(file: Any, tensors: Iterable[tuple[Job, list[Tensor]]], padding: 
     before = ""
     for job, outputs in tensors:
         for output, tensor in zip(job.outputs, outputs, strict=True):
-            if (tensor.dtype, tuple(tensor.shape)) != (output.dtype, output.shape):
-                raise CheckpointError(
-                    f"{output.name} came out as {tensor.dtype} {tuple(tensor.shape)}, the plan says {output.dtype} "
-                    f"{output.shape}; config.json and weights are of different models"
-                )
+            require_planned(output, tensor)
             if output.name != before:
                 file.write(bytes(-file.tell() % padding))
                 before = output.name
