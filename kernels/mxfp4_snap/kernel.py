@@ -9,6 +9,9 @@ there are about 15 integer or 30 float lanes-operations a weight to spend. Hence
 - E2M1 values are the multiples of 1/2 below 2, of 1 below 4 and of 2 from there. t = max(y, 1) * 2^22 has exactly these
   units in the last place, so (y + t) - t rounds y to the grid with FP32's own ties-to-even. t / ulp is even (y has 8
   significant bits), hence a tie goes to the even code. Both forms, fused multiply-add or not, give the same bits.
+- Encoding needs the code, not the value: min(2y, y + 2, y/2 + 4) is linear between neighbours of the grid and maps them
+  to 0, 1 .. 7. Adding 2^23 rounds it to an integer, ties to even codes, which then stands in the low bits. BF16 is read
+  two values a word, the even element in the low half, which is also the order of the nibbles.
 - r * 2^e is exact in BF16, so the upper half of its FP32 bits is the result; the sign is put back last (-0 survives).
 
 FP32 subnormals occur for scale byte 0 only. Triton's FP32 multiply keeps them (`mul.f32`, not `mul.ftz.f32`).
@@ -105,29 +108,48 @@ def snap_kernel(source, out, flag, rows, REFUSED: tl.constexpr, CARRY: tl.conste
 
 
 @triton.jit
+def load_pairs(source, row_RH, here_RH, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
+    """FP32 bits [R, H] of the even and of the odd elements; PAIRED: a 32-bit word holds two BF16 values."""
+    HALF: tl.constexpr = BLOCK // 2
+    if PAIRED:
+        word_RH = tl.load(source + row_RH * HALF + tl.arange(0, HALF)[None, :], mask=here_RH, other=0)
+        even_RH, odd_RH = word_RH << 16, word_RH & -65536
+    else:
+        bits_RB = load_bf16(source, row_RH * BLOCK + tl.arange(0, BLOCK)[None, :], here_RH)
+        even_RH, odd_RH = tl.split(tl.reshape(bits_RB, (bits_RB.shape[0], HALF, 2)))
+    return even_RH, odd_RH
+
+
+@triton.jit
+def code_of(magnitude_RH, inverse_R):
+    """FP32 whose low bits are the three low bits of the code: see the head of the file."""
+    y_RH = magnitude_RH.to(tl.float32, bitcast=True) * inverse_R[:, None]
+    index_RH = tl.minimum(tl.minimum(y_RH + y_RH, y_RH + 2.0), tl.minimum(y_RH * 0.5 + 4.0, 7.0))
+    return (index_RH + 8388608.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def encode_kernel(source, codes, scales, flag, rows, REFUSED: tl.constexpr, CARRY: tl.constexpr, EMAX: tl.constexpr,
-                  MAX: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+                  MAX: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PAIRED: tl.constexpr):  # fmt: skip
     """Pack each row into 16 bytes of codes (low nibble = even element) and one scale byte; refused rows become zero."""
     HALF: tl.constexpr = BLOCK // 2
+    tl.static_assert(MAX == 6.0)
     first = tl.program_id(0).to(tl.int64) * ROWS
     row_R = tl.arange(0, ROWS)
     here_R = row_R < rows - first
-    offset_RB = row_R[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    offset_RH = row_R[:, None] * HALF + tl.arange(0, HALF)[None, :]
 
-    bits_RB = load_bf16(source + first * BLOCK, offset_RB, here_R[:, None])
-    amax_R = tl.max(bits_RB & MAGNITUDE, axis=1)
+    start = source + first * (HALF if PAIRED else BLOCK)
+    even_RH, odd_RH = load_pairs(start, row_R[:, None], here_R[:, None], BLOCK, PAIRED)
+    amax_R = tl.max(tl.maximum(even_RH & MAGNITUDE, odd_RH & MAGNITUDE), axis=1)
     refused_R = amax_R >= REFUSED
-    bits_RB = tl.where(refused_R[:, None], 0, bits_RB)
     byte_R = tl.where(refused_R, 0, scale_byte(amax_R, CARRY, EMAX))
-    grid_RB = round_to_grid(bits_RB & MAGNITUDE, byte_R, MAX)
-    # The index of a value from 1 on is its exponent and first mantissa bit (1.0: 254 -> 2), below that twice the value.
-    normal_RB = (grid_RB.to(tl.int32, bitcast=True) >> 22) - 252
-    index_RB = tl.where(grid_RB < 1.0, (grid_RB * 2.0).to(tl.int32), normal_RB)
-    code_RB = index_RB | ((bits_RB >> 28) & 8)
-    low_RH, high_RH = tl.split(tl.reshape(code_RB, (ROWS, HALF, 2)))
+    inverse_R = ((254 - byte_R) << 23).to(tl.float32, bitcast=True)
+    code_RH = code_of(even_RH & MAGNITUDE, inverse_R) + (code_of(odd_RH & MAGNITUDE, inverse_R) << 4)
+    code_RH |= ((even_RH >> 28) & 8) | ((odd_RH >> 24) & 128)
+    code_RH = tl.where(refused_R[:, None], 0, code_RH)
 
-    tl.store(codes + first * HALF + offset_RH, (low_RH | (high_RH << 4)).to(tl.uint8), mask=here_R[:, None])
+    offset_RH = row_R[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    tl.store(codes + first * HALF + offset_RH, code_RH.to(tl.uint8), mask=here_R[:, None])
     tl.store(scales + first + row_R, byte_R.to(tl.uint8), mask=here_R)
     tl.store(flag + row_R * 0, 1, mask=here_R & refused_R)
 
@@ -187,8 +209,10 @@ def encode(weight: Tensor, rule: ScaleRule, flag: Tensor, tile: Tile = DEFAULT_T
     *lead, k = weight.shape
     codes = torch.empty(*lead, k // 2, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(*lead, k // BLOCK, dtype=torch.uint8, device=weight.device)
-    tensors = (raw(weight), codes, scales, flag)
-    launch(encode_kernel, tensors, scales.numel(), tile, REFUSED=INF_BITS << 16, **rule_constants(rule))
+    paired = weight.dtype == torch.bfloat16 and weight.storage_offset() % 2 == 0
+    source = weight.detach().view(torch.int32) if paired else raw(weight)
+    constants = rule_constants(rule) | {"REFUSED": INF_BITS << 16, "PAIRED": paired}
+    launch(encode_kernel, (source, codes, scales, flag), scales.numel(), tile, **constants)
     return Packed(codes, scales)
 
 
