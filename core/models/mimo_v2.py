@@ -243,7 +243,12 @@ class MiMoV2Model(MiMoV2PreTrainedModel):
     def masks(
         self, x: Tensor, position_ids: Tensor, attention_mask: Any, cache: Any
     ) -> tuple[ModelOps, dict[str, Any]]:
-        """(operations, mask by layer type). With a cache or a padding mask: transformers' masks and eager attention."""
+        """(operations, mask by layer type). With a cache or a padding mask: transformers' masks and eager attention.
+
+        `attention_mask` may already be a dict of additive masks by layer type, as in transformers.
+        """
+        if isinstance(attention_mask, dict):
+            return EAGER, attention_mask
         kinds = sorted(set(self.config.layer_types))
         if cache is not None or attention_mask is not None:
             given = {

@@ -1,0 +1,1 @@
+"""The generation interface: batched and speculative decoding in plain torch, and its log."""

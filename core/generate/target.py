@@ -1,0 +1,85 @@
+"""A causal language model as generation and drafting see it: logits, and the outputs of tapped layers.
+
+Taps are forward hooks on the decoder layers: layer id's output is transformers' `hidden_states[id + 1]`. Only those
+tensors are kept, not the list of all hidden states.
+
+Legend: R rows, T tokens, F taps x hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from core.errors import ConfigError
+from core.generate.slots import SlotCache, masks
+
+
+class Target:
+    """`model` with its taps. Frozen: everything here runs without gradients."""
+
+    def __init__(self, model: Any, taps: tuple[int, ...] = ()) -> None:
+        layers = model.model.layers
+        wrong = [t for t in taps if not 0 <= t < len(layers)]
+        if wrong:
+            raise ConfigError(f"draft.taps has layer {wrong[0]}; the target has layers 0 to {len(layers) - 1}")
+        self.model, self.taps = model, taps
+        self.layers: list[nn.Module] = [layers[t] for t in taps]
+        self.head: nn.Module = model.get_output_embeddings()
+        self.embedding: nn.Module = model.get_input_embeddings()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @contextmanager
+    def tapping(self) -> Iterator[list[Tensor]]:
+        """Outputs of the tapped layers during one forward, in the order of the taps."""
+        found: list[Tensor] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            found.append((output[0] if isinstance(output, tuple) else output).detach())
+
+        handles = [layer.register_forward_hook(keep) for layer in self.layers]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def packed(self, ids_RT: Tensor, position_RT: Tensor) -> tuple[Tensor, Tensor]:
+        """(last hidden states [R, T, G], features [R, T, F]) of packed rows; documents begin at position 0."""
+        with self.tapping() as found:
+            out = self.model.model(input_ids=ids_RT, position_ids=position_RT, use_cache=False)
+        return out.last_hidden_state, torch.cat(found, dim=-1) if found else out.last_hidden_state.new_empty(0)
+
+    @torch.no_grad()
+    def step(
+        self, ids_RT: Tensor, position_RT: Tensor, cache: SlotCache, used: int, last_R: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(logits, features [R, T, F]) of tokens that go into the cache at their positions.
+
+        Args:
+            used: one more than the largest position. last_R: index of the only token of each row to give logits for;
+                the result is then [R, V], else [R, T, V].
+        """
+        mask = masks(self.model.config, position_RT, max(used, cache.used), self.dtype)
+        with self.tapping() as found:
+            out = self.model.model(
+                input_ids=ids_RT,
+                attention_mask=mask,
+                position_ids=position_RT,
+                past_key_values=cache.at(position_RT, used),
+                use_cache=True,
+            )
+        hidden = out.last_hidden_state
+        if last_R is not None:
+            hidden = hidden[torch.arange(len(hidden), device=hidden.device), last_R]
+        return self.head(hidden), torch.cat(found, dim=-1) if found else hidden.new_empty(0)

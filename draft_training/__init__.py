@@ -1,0 +1,1 @@
+"""Training a DFlash drafter against a frozen, quantised target, and measuring its acceptance."""
