@@ -6,7 +6,6 @@ sigmoid router with correction bias, dense first layer), so the demo walks the r
 
 import hashlib
 import json
-import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from core.models.mimo_v2_config import MiMoV2Config
 from core.run import Run, start_run
 from core.train.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from core.train.data import document_texts, train_stream
+from core.train.device import device
 from core.train.engines import build_engine
 from core.train.loop import Loop, NoHook
 from core.train.tokenizer import load_tokenizer, train_tokenizer
@@ -134,20 +134,3 @@ def train_base(config: QATConfig, nano: NanoConfig, tokenizer: object, run: Run)
     Loop(engine, stream, train, optim, run, NoHook(), title="BF16 base").run()
     save_model(engine.full_tensors(), model.config, run.model, tokenizer=tokenizer)
     run.update(state="finished")
-
-
-def device(train: TrainConfig) -> torch.device:
-    """The device of this process: `train.device`, or the GPU of LOCAL_RANK where there is one."""
-    if train.device not in {"auto", "cpu", "cuda"}:
-        raise ConfigError(f"train.device={train.device}: expected auto, cpu or cuda")
-    if train.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "train.device=cuda, but torch sees no GPU; set train.device=cpu or install a CUDA build of torch"
-        )
-    if train.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank())
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))

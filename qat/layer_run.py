@@ -11,7 +11,7 @@ from core.models.load import LoadedModel, save_model
 from core.run import Run
 from core.train.data.stream import TrainStream
 from core.train.tracker import Tracker
-from qat.base import device
+from core.train.device import device
 from qat.config import QATConfig
 from qat.layer_checkpoint import CheckpointSource
 from qat.layer_io import ModelSource

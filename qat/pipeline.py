@@ -19,12 +19,13 @@ from core.train.config import DataSource
 from core.train.data import eval_batches, train_stream
 from core.train.data.documents import data_root
 from core.train.data.stream import TrainStream
+from core.train.device import device
 from core.train.engine import Engine
 from core.train.engines import build_engine, start_processes
 from core.train.loop import Loop, NoHook, finished_checkpoints, rows_per_rank
 from core.train.state import StateReader
 from core.train.tracker import make_tracker
-from qat.base import device, model_folder
+from qat.base import model_folder
 from qat.config import NANO, LossConfig, Method, QATConfig, QuantFormat, Teacher
 from qat.evaluate import Arm, arm_sums, held_out_loss
 from qat.fake_quant import use_fake_quant

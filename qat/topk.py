@@ -122,7 +122,8 @@ def main(config: QATConfig, resolved: str) -> int:  # noqa: ARG001
 
     from core.models.load import load_model
     from core.train.data import train_stream
-    from qat.base import device, model_folder
+    from core.train.device import device
+    from qat.base import model_folder
 
     if not config.loss.topk_path:
         raise ConfigError("qat.topk needs loss.topk_path=DIR to write to")

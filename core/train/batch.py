@@ -4,6 +4,7 @@ Legend: B packed rows, T tokens in a row.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -29,13 +30,13 @@ class Batch:
     def num_targets(self) -> int:
         return int((self.labels_BT != IGNORE).sum())
 
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(*(t.to(device, non_blocking=True) for t in self.tensors()))
+    def to(self, device: torch.device | str) -> Self:
+        return type(self)(*(t.to(device, non_blocking=True) for t in self.tensors()))
 
-    def rows(self, start: int, stop: int) -> "Batch":
-        return Batch(*(t[start:stop] for t in self.tensors()))
+    def rows(self, start: int, stop: int) -> Self:
+        return type(self)(*(t[start:stop] for t in self.tensors()))
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor, ...]:
         return self.input_ids_BT, self.labels_BT, self.position_ids_BT
 
 

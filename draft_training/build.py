@@ -1,0 +1,129 @@
+"""The target and the drafter of a run, from configuration: what 0 and `auto` mean."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.errors import ConfigError
+from core.generate.target import Target
+from core.models.dflash import Drafter, init_drafter
+from core.models.dflash_config import FULL, SLIDING, DFlashConfig, spread_taps
+from core.models.dflash_io import check_mask, load_drafter
+from core.models.load import LoadedModel, load_model
+from core.models.ops import EAGER, FLEX
+from draft_training.config import DraftConfig, TargetConfig
+
+
+def target_folder(config: TargetConfig, root: str) -> Path:
+    """The checkpoint folder of `target.path` (a run folder stands for its model), or of the newest finished QAT run.
+
+    Raises:
+        ConfigError: there is none; says what to do.
+    """
+    if config.path:
+        folder = Path(config.path)
+        folder = folder / "model" if (folder / "run.json").exists() else folder
+        if not (folder / "config.json").exists():
+            raise ConfigError(f"target.path={config.path} is not a checkpoint folder (no config.json); set it to one")
+        return folder
+    runs = sorted(Path(root).glob("*/run.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    for path in runs:
+        info = json.loads(path.read_text())
+        if path.parent.name != "latest" and info.get("kind") == "qat" and info.get("state") == "finished":
+            return path.parent / "model"
+    raise ConfigError(
+        f"no finished QAT run under {root}: run `python -m qat.train +experiment=mimo_fp4` first, or set target.path=DIR"
+    )
+
+
+def load_target(config: TargetConfig, folder: Path, device: torch.device) -> LoadedModel:
+    """The target in BF16, frozen."""
+    loaded = load_model(folder, device=device, attention=config.attention, experts=config.experts)
+    loaded.model.requires_grad_(False)
+    return loaded
+
+
+def full_layers(config: Any) -> tuple[int, ...]:
+    """Full-attention layers of a target, counted from 0; () where all are."""
+    kinds = getattr(config, "layer_types", None) or []
+    found = tuple(i for i, k in enumerate(kinds) if k == FULL)
+    return () if len(found) == len(kinds) else found
+
+
+def mask_id(draft: DraftConfig, tokenizer: Any, vocab: int) -> int:
+    if draft.mask_token_id >= 0:
+        return draft.mask_token_id
+    for name in ("mask_token_id", "unk_token_id", "pad_token_id"):
+        found = getattr(tokenizer, name, None)
+        if found is not None and found != getattr(tokenizer, "eos_token_id", None):
+            return found
+    return vocab - 1
+
+
+def drafter_config(draft: DraftConfig, loaded: LoadedModel) -> DFlashConfig:
+    """Sizes from the target where the configuration leaves them open."""
+    c = loaded.config
+    layers, heads = c.num_hidden_layers, draft.num_attention_heads or c.num_attention_heads
+    vocab, hidden = loaded.model.get_input_embeddings().weight.shape
+    taps = tuple(draft.taps) or spread_taps(layers, draft.tap_count, full_layers(c))
+    wrong = [i for i in draft.full_layers if not 0 <= i < draft.num_hidden_layers]
+    if wrong:
+        raise ConfigError(f"draft.full_layers has {wrong[0]}; the drafter has {draft.num_hidden_layers} layers")
+    dim = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+    return DFlashConfig(
+        hidden_size=hidden,
+        intermediate_size=draft.intermediate_size or c.intermediate_size,
+        num_hidden_layers=draft.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=draft.num_key_value_heads or c.num_key_value_heads,
+        head_dim=draft.head_dim or dim,
+        vocab_size=vocab,
+        num_target_layers=layers,
+        taps=taps,
+        mask_token_id=mask_id(draft, loaded.tokenizer, vocab),
+        block_size=draft.block_size,
+        window=draft.window,
+        layer_types=tuple(FULL if i in draft.full_layers else SLIDING for i in range(draft.num_hidden_layers)),
+        causal=draft.causal,
+        sinks=draft.sinks,
+        value_scale=draft.value_scale,
+        partial_rotary_factor=draft.partial_rotary_factor,
+        rope_theta=draft.rope_theta,
+        rms_norm_eps=getattr(c, "rms_norm_eps", 1e-6),
+        learned_mask=draft.learned_mask,
+        selector_top_k=draft.selector_top_k,
+        selector_rank=draft.selector_rank,
+    )
+
+
+def make_drafter(draft: DraftConfig, loaded: LoadedModel, device: torch.device) -> Drafter:
+    """A fresh drafter in BF16 for this target, or the one of `draft.init`.
+
+    Raises:
+        ConfigError: draft.init has another geometry. CheckpointError: the mask token's row is near zero.
+    """
+    config = drafter_config(draft, loaded)
+    if draft.init:
+        drafter = load_drafter(draft.init, device=device)
+        if drafter.config != config:
+            raise ConfigError(f"draft.init={draft.init} has another geometry than draft.*; set the same values")
+    else:
+        drafter = Drafter(config).to(device, torch.bfloat16)
+        rows = loaded.model.get_input_embeddings().weight.detach().float()
+        if config.learned_mask:
+            start = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0)).to(device) * rows.std()
+        else:
+            start = rows[config.mask_token_id]
+            check_mask(start, f"row {config.mask_token_id} of the target's embedding")
+        init_drafter(drafter, start)
+    drafter.ops = FLEX if device.type == "cuda" else EAGER
+    drafter.mask_embedding.requires_grad_(config.learned_mask)
+    return drafter.train()
+
+
+def target_of(loaded: LoadedModel, drafter: Drafter) -> Target:
+    model: nn.Module = loaded.model
+    return Target(model.eval(), drafter.config.taps)

@@ -1,0 +1,88 @@
+"""Prompts for a target: chats up to their first reply, or prefixes of plain text where there are no chats."""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from core.errors import DataError
+from core.generate.interface import Prompt
+from core.train.config import DataConfig, Source
+from core.train.data import mixture
+from core.train.data.chat import conversation, system_into_user
+from core.train.data.documents import domain_of, read_records
+from draft_training.config import RepliesConfig
+
+
+@dataclass(frozen=True)
+class DomainPrompt:
+    domain: str
+    prompt: Prompt
+
+
+def load_prompts(data: DataConfig, replies: RepliesConfig, tokenizer: Any, seed: int) -> list[DomainPrompt]:
+    """Prompts of every source of `data.train`, in an order fixed by the seed; at most `replies.count` (0: all).
+
+    Raises:
+        DataError: no source has a usable prompt.
+    """
+    sources = mixture(data, validation=False)
+    every = [p for source in sources for p in chats(data, source, tokenizer)]
+    if not every:
+        every = [p for source in sources for p in prefixes(data, source, replies.prompt_tokens, tokenizer)]
+    found = [p for p in every if len(p.prompt.ids) <= replies.prompt_tokens]
+    long = len(every) - len(found)
+    if long:
+        print(f"prompts: left out {long:,} longer than replies.prompt_tokens={replies.prompt_tokens}")
+    if not found:
+        raise DataError("data.train has no usable prompt; name sources with `messages`, or plain text to continue")
+    random.Random(seed).shuffle(found)
+    return found[: replies.count or None]
+
+
+def chats(data: DataConfig, source: Source, tokenizer: Any) -> Iterator[DomainPrompt]:
+    """The conversations of a source; its plain texts are left out."""
+    domain = domain_of(source)
+    for number, record in enumerate(read_records(data, source, False)):
+        ids = chat_ids(record, tokenizer) if "messages" in record else []
+        if ids:
+            yield DomainPrompt(domain, Prompt(f"{domain}/{record.get('id', number)}", ids))
+
+
+def chat_ids(record: dict[str, Any], tokenizer: Any) -> list[int]:
+    """The conversation up to its first reply, with the template's opening of a reply; [] where nobody asks anything."""
+    messages, tools = conversation(record, tokenizer)
+    first = next((n for n, m in enumerate(messages) if m["role"] == "assistant"), len(messages))
+    asked = messages[:first]
+    if not any(m["role"] == "user" for m in asked):
+        return []
+    failure: Exception | None = None
+    for attempt in (asked, system_into_user(asked)):
+        if attempt is None:
+            continue
+        try:
+            text = tokenizer.apply_chat_template(attempt, tools=tools, tokenize=False, add_generation_prompt=True)
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # templates raise what they like
+            failure = failure or error
+    raise DataError(f"prompt {record.get('id', 'without id')}: the chat template refuses it: {failure}")
+
+
+def prefixes(data: DataConfig, source: Source, size: int, tokenizer: Any) -> Iterator[DomainPrompt]:
+    """Pieces of `size` tokens from all over each text, every fourth, for the target to continue."""
+    domain = domain_of(source)
+    for number, record in enumerate(read_records(data, source, False)):
+        ids = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
+        for at in islice(range(0, max(len(ids) - size, 0) + 1, 4 * size), 64):
+            if len(ids) > at + 1:
+                yield DomainPrompt(domain, Prompt(f"{domain}/{number}@{at}", ids[at : at + size]))
+
+
+def prompts_hash(prompts: list[DomainPrompt]) -> str:
+    """Names the exact prompts, in any order."""
+    digest = hashlib.sha256()
+    for line in sorted(f"{p.prompt.id} {p.prompt.ids}" for p in prompts):
+        digest.update(line.encode())
+    return digest.hexdigest()
