@@ -1,6 +1,6 @@
 """Packing BF16 into MXFP4 codes and scales on a GPU, against copying, in one run.
 
-    python -m benchmarks.pack [--gib 4] [--repeats 20] [--json FILE]
+    python -m benchmarks.pack [--gib 4] [--repeats 20] [--sweep] [--json FILE]      --sweep: all launch shapes
     python -m benchmarks.pack --cpu [--gib 0.0625]     convert/pack.py against core.mxfp4, on one thread
 
 Bytes: the BF16 read plus codes and scales written (2 + 0.53125 bytes a value), over the copy bandwidth measured in the
@@ -19,6 +19,8 @@ from convert.pack import fast_decode, fast_encode
 from core.mxfp4 import BITS_PER_WEIGHT, ScaleRule, decode
 from core.mxfp4 import encode as definition
 from kernels.mxfp4_snap import encode
+
+BYTES = 2 + BITS_PER_WEIGHT / 8  # moved for a value
 
 
 def on_cpu(gib: float, repeats: int) -> dict[str, object]:
@@ -46,10 +48,29 @@ def on_cpu(gib: float, repeats: int) -> dict[str, object]:
     }
 
 
+def sweep(weight: torch.Tensor, rate: float, repeats: int) -> dict[str, float]:
+    """Share of the copy rate by launch shape, rows x warps; each result is checked against the definition first."""
+    from kernels.mxfp4_snap import new_flag
+    from kernels.mxfp4_snap.kernel import Tile
+    from kernels.mxfp4_snap.kernel import encode as launch
+
+    flag, found = new_flag(weight.device), {}
+    wanted = definition(weight[:4096].cpu())
+    for rows in (32, 64, 128, 256, 512):
+        for warps in (2, 4, 8):
+            tile = Tile(rows, warps)
+            packed = launch(weight[:4096], ScaleRule.even, flag, tile)
+            assert torch.equal(packed.codes.cpu(), wanted.codes) and torch.equal(packed.scales.cpu(), wanted.scales)
+            taken = gpu_seconds(lambda tile=tile: launch(weight, ScaleRule.even, flag, tile), repeats)
+            found[f"{rows} x {warps}"] = weight.numel() * BYTES / statistics.median(taken) / rate
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float)
     parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json")
     options = parser.parse_args()
@@ -65,8 +86,10 @@ def main() -> int:
     copy = gpu_seconds(lambda: other.copy_(weight), options.repeats)
     pack = gpu_seconds(lambda: encode(weight, ScaleRule.even), options.repeats)
     copied = 2 * weight.nbytes / statistics.median(copy)
-    moved = weight.numel() * (2 + BITS_PER_WEIGHT / 8) / statistics.median(pack)
+    moved = weight.numel() * BYTES / statistics.median(pack)
     result = {"copy_s": spread(copy), "pack_s": spread(pack), "copy_GBps": copied / 1e9, "pack_GBps": moved / 1e9}
+    if options.sweep:
+        result["sweep"] = sweep(weight, copied, options.repeats)
     publish("pack", result | {"share_of_copy": moved / copied}, options.json)
     return 0 if moved >= 0.8 * copied else 1
 

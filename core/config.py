@@ -26,6 +26,7 @@ from packaging.version import Version
 from core.errors import ConfigError, Fp4FlashError, resource_line
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+EXTRA = ("experiment", "debug")  # groups added with a plus sign
 FLAGS = {"--help", "-h", "--cfg"}
 
 
@@ -162,14 +163,22 @@ def one_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", text) + " -- see --help for the groups and --cfg job for every key"
 
 
-def groups() -> str:
-    """The choices of every configuration group, one line each, for --help."""
-    lines = []
+def groups(command: Command) -> dict[str, list[str]]:
+    """{group: choices} of a command: those its YAML chooses from, and the `+` groups' files that name its module.
+
+    The head of every experiment has the command that runs it; the first `python -m` there decides whose it is.
+    """
+    plain = OmegaConf.load(CONFIG_DIR / f"{command.config}.yaml")
+    own = {key for entry in plain.defaults if not isinstance(entry, str) for key in entry}
+    found: dict[str, list[str]] = {}
     for folder in sorted(p for p in CONFIG_DIR.iterdir() if p.is_dir()):
-        names = " | ".join(sorted(f.stem for f in folder.glob("*.yaml")))
-        prefix = "+" if folder.name in {"experiment", "debug"} else ""
-        lines.append(f"  {prefix}{folder.name}={names}")
-    return "\n".join(lines)
+        for file in sorted(folder.glob("*.yaml")):
+            named = re.search(r"python -m ([\w.]+)", file.read_text()) if folder.name in EXTRA else None
+            if folder.name in own:
+                found.setdefault(folder.name, []).append(file.stem)
+            elif named and named[1] == command.module:
+                found.setdefault(f"+{folder.name}", []).append(file.stem)
+    return found
 
 
 def entry(command: Command, main: Callable[[object, str], int | None], argv: list[str] | None = None) -> int:
@@ -196,7 +205,8 @@ def entry(command: Command, main: Callable[[object, str], int | None], argv: lis
 
 def run(command: Command, main: Callable[[object, str], int | None], arguments: list[str]) -> int:
     if {"--help", "-h"} & set(arguments):
-        print(f"{command.help}\n\nGroups (choose with group=name, change a value with key=value):\n{groups()}\n")
+        print(f"{command.help}\n\nGroups (choose with group=name, change a value with key=value):")
+        print("\n".join(f"  {group}={' | '.join(names)}" for group, names in groups(command).items()) + "\n")
         print(f"python -m {command.module} --cfg job   prints every key with its value")
         return 0
     show = "--cfg" in arguments

@@ -35,7 +35,8 @@ def target_folder(config: TargetConfig, root: str) -> Path:
         if path.parent.name != "latest" and info.get("kind") == "qat" and info.get("state") == "finished":
             return path.parent / "model"
     raise ConfigError(
-        f"no finished QAT run under {root}: run `python -m qat.train +experiment=mimo_fp4` first, or set target.path=DIR"
+        f"no finished QAT run under {root}: run `python -m qat.train +experiment=mimo_fp4` first, "
+        "or set target.path=DIR"
     )
 
 

@@ -46,13 +46,12 @@ def read_replies(folder: Path) -> Iterator[Text]:
     for file in files:
         try:
             with gzip.open(file, "rt") as lines:
-                for number, line in enumerate(lines, 1):
+                for line in lines:
                     row = json.loads(line)
                     prompt = Prompt(row["id"], row["prompt_ids"])
                     yield Text(row["domain"], prompt, Reply(row["id"], row["reply_ids"], row["stop"]))
         except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file} is damaged ({error}); delete it and run regenerate again") from error
-    del number
 
 
 def held_out(text: Text, share: int) -> bool:

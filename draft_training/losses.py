@@ -1,8 +1,8 @@
 """Losses of the drafter, computed from hidden states chunk by chunk through the target's frozen head.
 
-    ce      -w_k log q_k(label)        w_k = exp(-(k - 1) / gamma): an early miss wastes all later slots (arXiv 2602.06036)
-    dpace   the same with w_k = sum_{j >= k} prod_{i <= j} ((1 - alpha) q_i(label) + alpha), detached (arXiv 2605.18810):
-            the expected number of accepted tokens that slot k still decides
+    ce      -w_k log q_k(label), w_k = exp(-(k - 1) / gamma): an early miss wastes all later slots (arXiv 2602.06036)
+    dpace   the same with w_k = sum_{j >= k} prod_{i <= j} ((1 - alpha) q_i(label) + alpha), detached: the expected
+            number of accepted tokens that slot k still decides (arXiv 2605.18810)
     kl      w_k KL(p || q_k), p the target's own distribution at the slot, temperature 1
     selector  cross-entropy of the label among the slot's top candidates under logit + pair score, given the true token
             before it. DFlash 2 published the selector and not its objective: this one is ours.
@@ -162,9 +162,7 @@ def make_loss(target: Target, config: LossConfig) -> Callable[[nn.Module, Batch]
             stats["kl"] = kl
         if drafter.selector is not None:
             before = ids.gather(1, place.flatten(1)).flatten()
-            pair, right = selector_loss(
-                drafter, target.embedding.weight.detach(), hidden, before, used, values, best
-            )
+            pair, right = selector_loss(drafter, target.embedding.weight.detach(), hidden, before, used, values, best)
             loss = loss + config.selector * pair
             stats |= {"selector_ce": pair.detach(), "selector_hits": right}
         return loss, stats

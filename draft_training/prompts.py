@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from jinja2 import TemplateError
+
 from core.errors import DataError
 from core.generate.interface import Prompt
 from core.train.config import DataConfig, Source
@@ -65,7 +67,7 @@ def chat_ids(record: dict[str, Any], tokenizer: Any) -> list[int]:
         try:
             text = tokenizer.apply_chat_template(attempt, tools=tools, tokenize=False, add_generation_prompt=True)
             return tokenizer(text, add_special_tokens=False)["input_ids"]
-        except Exception as error:  # templates raise what they like
+        except (TemplateError, TypeError, KeyError) as error:
             failure = failure or error
     raise DataError(f"prompt {record.get('id', 'without id')}: the chat template refuses it: {failure}")
 

@@ -17,7 +17,7 @@ from core.models.load import save_model
 from core.models.mimo_v2 import MiMoV2ForCausalLM
 from core.models.mimo_v2_config import MiMoV2Config
 from core.run import Run, start_run
-from core.train.config import OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from core.train.config import OptimConfig, ParallelConfig, RunConfig
 from core.train.data import document_texts, train_stream
 from core.train.device import device
 from core.train.engines import build_engine

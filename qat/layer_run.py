@@ -10,8 +10,8 @@ from core.errors import ConfigError, UnsupportedError
 from core.models.load import LoadedModel, save_model
 from core.run import Run
 from core.train.data.stream import TrainStream
-from core.train.tracker import Tracker
 from core.train.device import device
+from core.train.tracker import Tracker
 from qat.config import QATConfig
 from qat.layer_checkpoint import CheckpointSource
 from qat.layer_io import ModelSource

@@ -1,11 +1,12 @@
 """The rules of docs/structure.md that a program can check: imports, sizes, one definition, configs that compose."""
 
 import ast
+import importlib
 from pathlib import Path
 
 import pytest
 
-from core.config import CONFIG_DIR, load
+from core.config import CONFIG_DIR, Command, groups, load
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("core", "kernels", "qat", "draft_training", "convert", "infer")
@@ -100,20 +101,26 @@ def test_no_import_of_another_library_is_patched() -> None:
                         assert target.value.id not in modules, f"{path}: {ast.unparse(target)}"
 
 
-def group_choices() -> list[str]:
-    found = []
-    for folder in sorted(p for p in CONFIG_DIR.iterdir() if p.is_dir()):
-        prefix = "+" if folder.name in {"experiment", "debug"} else ""
-        found += [f"{prefix}{folder.name}={f.stem}" for f in sorted(folder.glob("*.yaml"))]
-    return found
+def commands() -> list[Command]:
+    """Every entry module's COMMAND, found by its source: an entry without a test would be missed otherwise."""
+    found = [p for p in ALL if "COMMAND = Command(" in p.read_text()]
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in found]
+    return [importlib.import_module(name).COMMAND for name in names]
 
 
-@pytest.mark.parametrize("choice", group_choices())
-def test_every_yaml_composes_to_a_typed_object(choice: str) -> None:
-    from qat.train import COMMAND
+CHOICES = [(c, f"{group}={name}") for c in commands() for group, names in groups(c).items() for name in names]
 
-    config, _ = load(COMMAND, [choice])
-    assert isinstance(config, COMMAND.schema)
+
+@pytest.mark.parametrize(("command", "choice"), CHOICES, ids=[f"{c.module} {choice}" for c, choice in CHOICES])
+def test_every_yaml_composes_to_a_typed_object(command: Command, choice: str) -> None:
+    config, _ = load(command, [choice])
+    assert isinstance(config, command.schema)
+
+
+def test_every_yaml_belongs_to_a_command() -> None:
+    reached = {choice.removeprefix("+") for _, choice in CHOICES}
+    for path in CONFIG_DIR.glob("*/*.yaml"):
+        assert f"{path.parent.name}={path.stem}" in reached, f"{path}: no command takes it"
 
 
 def test_no_yaml_names_a_class() -> None:

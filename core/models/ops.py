@@ -30,6 +30,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 
 FLEX_BLOCK = 128
 SDPA_CHUNK = 256  # queries in one call of torch's fused attention, at least
+NO_DECODING = {"FORCE_USE_FLEX_ATTENTION": True}  # rows under 128 tokens: the decoding kernel lacks head dims like 192
 Mask = Any  # a Tensor, chunks of one, or a BlockMask: whatever the attention beside it reads
 
 
@@ -198,10 +199,10 @@ def flex_sink_attention(
 ) -> Tensor:
     """As `eager_attention`, block-sparse. Head dims: any from 16 up; value dim may differ."""
     function: Any = flex_attention if torch.compiler.is_compiling() else compiled_flex()
-    grouped = q.shape[1] != k.shape[1]
+    common = {"block_mask": mask, "scale": scale, "enable_gqa": q.shape[1] != k.shape[1], "kernel_options": NO_DECODING}
     if sinks is None:
-        return function(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped)
-    out, aux = function(q, k, v, block_mask=mask, scale=scale, enable_gqa=grouped, return_aux=AuxRequest(lse=True))
+        return function(q, k, v, **common)
+    out, aux = function(q, k, v, **common, return_aux=AuxRequest(lse=True))
     lse = aux.lse
     keep = torch.sigmoid(lse - sinks.to(torch.float32).view(1, -1, 1))
     return (out * keep.unsqueeze(-1)).to(out.dtype)
