@@ -15,6 +15,7 @@ from convert.formats.drafter import MASK, MASK_FILE, read_mask_file
 from convert.formats.drafter_hf import MODEL_TYPE
 from core.checkpoint.index import inside, open_checkpoint, read_json
 from core.errors import CheckpointError, ConfigError, UnsupportedError
+from core.models.build import IMPOSSIBLE, check_numbers, named_config
 from core.models.dflash_config import FULL, SLIDING, DFlashConfig
 from core.models.dflash_io import check_mask, check_tensors, save_drafter
 
@@ -32,37 +33,40 @@ def import_drafter(folder: Path, out: Path, target: Path | None, dry_run: bool =
         UnsupportedError: a variant that our drafter is not. CheckpointError: damaged, incomplete, ambiguous.
     """
     raw = read_json(inside(folder, "config.json"))
-    hf = raw.get("model_type") == MODEL_TYPE
+    check_numbers(raw)
+    if not dry_run and out.exists() and any(out.iterdir()):
+        raise CheckpointError(f"{out} is not empty; choose another --out, or remove it")
     mask = read_mask_file(folder)
-    identity: dict[str, Any] = {}
-    if target is not None:
-        _, identity = embedding_row(target, 0)
-    try:
-        config = (from_hf if hf else from_qwen3)(raw, folder, identity, mask is not None)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'config.json'} is no drafter's: {error!r}; download it again") from error
-    named = mask["embedding"] if mask else row_of(target, config, folder)
+    identity = embedding_row(target, 0)[1] if target is not None else {}
+    config = read_as_ours(raw, folder, identity, mask is not None)
     if mask and mask["mask_token_id"] not in (None, config.mask_token_id):
         raise CheckpointError(
             f"{folder / MASK_FILE} is for token {mask['mask_token_id']}, config.json says {config.mask_token_id}"
         )
-    tensors = renamed(folder, hf)
-    tensors[MASK] = named.reshape(-1).to(tensors["fc.weight"].dtype if "fc.weight" in tensors else named.dtype)
-    check_tensors(tensors, config, str(folder))
+    wanted = {"hidden_size": config.hidden_size, "num_hidden_layers": config.num_target_layers}
+    for key, value in wanted.items():
+        if identity and identity[key] != value:
+            raise ConfigError(f"drafter {folder} is for a target of {key}={value}, {target} has {identity[key]}")
+    row = mask["embedding"] if mask else row_of(target, config, folder)
+    tensors = renamed(folder, raw)
+    tensors[MASK] = row.reshape(-1).to(tensors["fc.weight"].dtype if "fc.weight" in tensors else row.dtype)
+    with named_config():
+        check_tensors(tensors, config, str(folder))
     check_mask(tensors[MASK], str(folder))
-    if identity and (identity["hidden_size"], identity["num_hidden_layers"]) != (
-        config.hidden_size,
-        config.num_target_layers,
-    ):
-        raise ConfigError(f"drafter {folder} is for a target of {config.num_target_layers} layers, {target} is another")
     if not dry_run:
-        said = identity or {
-            "num_hidden_layers": config.num_target_layers,
-            "hidden_size": config.hidden_size,
-            "vocab_size": config.vocab_size,
-        }
+        said = identity or wanted | {"vocab_size": config.vocab_size}
         save_drafter(tensors, config, out, {"target": said, "imported_from": folder.name})
     return config
+
+
+def read_as_ours(raw: dict[str, Any], folder: Path, identity: dict[str, Any], own_mask: bool) -> DFlashConfig:
+    """config.json of either kind. Raises CheckpointError naming what it lacks, or what is no value of a drafter."""
+    try:
+        return (from_hf if raw.get("model_type") == MODEL_TYPE else from_qwen3)(raw, folder, identity, own_mask)
+    except IMPOSSIBLE as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'} is no drafter's ({error!r}); download it again, or add what it lacks"
+        ) from error
 
 
 def row_of(target: Path | None, config: DFlashConfig, folder: Path) -> Tensor:
@@ -71,8 +75,9 @@ def row_of(target: Path | None, config: DFlashConfig, folder: Path) -> Tensor:
     return embedding_row(target, config.mask_token_id)[0]
 
 
-def renamed(folder: Path, hf: bool) -> dict[str, Tensor]:
+def renamed(folder: Path, raw: dict[str, Any]) -> dict[str, Tensor]:
     """Every tensor of the folder under our name; `check_tensors` names the ones that our drafter has not."""
+    hf = raw.get("model_type") == MODEL_TYPE
     back = {there: ours for ours, there in DRAFTERS["hf"].renames.items()} if hf else {}
     checkpoint = open_checkpoint(folder)
     return {back.get(n, n.removeprefix(MODEL_PREFIX)): checkpoint.read(n) for n in checkpoint.entries}
@@ -121,7 +126,7 @@ def from_qwen3(raw: dict[str, Any], folder: Path, identity: dict[str, Any], own_
     partial = (raw.get("rope_parameters") or {}).get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     return DFlashConfig(
         **shared(raw), vocab_size=identity.get("vocab_size", raw["vocab_size"]), taps=either("target_layer_ids"),
-        num_target_layers=identity.get("num_hidden_layers") or either("num_target_layers"),
+        num_target_layers=either("num_target_layers", identity.get("num_hidden_layers")),
         mask_token_id=either("mask_token_id"), block_size=either("block_size"),
         window=(inner.get("swa_window_size") or either("sliding_window")) if SLIDING in kinds else 2**20,
         layer_types=kinds, causal=causality(raw, inner, kinds, folder), sinks=bool(sinks), value_scale=value_scale,

@@ -58,13 +58,10 @@ def run(options: argparse.Namespace) -> None:
 
 def drafter(folder: Path, out: Path, options: argparse.Namespace) -> bool:
     """Whether `folder` is a drafter's; if so it has been imported."""
+    from convert.drafter_load import import_drafter, is_drafter
     from core.checkpoint.index import read_json
 
-    if not (folder / "config.json").is_file():
-        return False
-    from convert.drafter_load import import_drafter, is_drafter
-
-    if not is_drafter(read_json(folder / "config.json")):
+    if not (folder / "config.json").is_file() or not is_drafter(read_json(folder / "config.json")):
         if options.target:
             raise ConfigError(f"--target is for drafters, and {folder} is none; leave it out")
         return False

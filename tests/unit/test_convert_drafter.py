@@ -14,19 +14,21 @@ import torch
 from safetensors.torch import load_file
 
 from convert import export, load, verify
+from convert.drafter_load import import_drafter
 from convert.formats import DRAFTERS
 from convert.manifest import check_pair
-from core.errors import ConfigError
+from core.errors import ConfigError, Fp4FlashError
 from core.generate.dflash import DFlashProposer
 from core.generate.target import Target
 from core.models.dflash import Drafter
-from core.models.dflash_config import FULL, SLIDING
+from core.models.dflash_config import FULL, SLIDING, DFlashConfig, from_dict
 from core.models.dflash_io import load_drafter, read_drafter, read_drafter_config
 from tests.convert_cases import digest, edit_json, edit_tensors, exported, manifest_of
 from tests.drafter_cases import (
     HIDDEN,
     LAYERS,
     MASK_TOKEN,
+    SMALL,
     VOCAB,
     assistant,
     drafter_export,
@@ -383,7 +385,7 @@ def test_it_comes_back(to: str, targets: Any, tmp_path: Path, capsys) -> None:
     assert drafter_export(source, folder, to, tmp_path / "out") == 0
     words = ["--from", str(tmp_path / "out"), "--out", str(tmp_path / "back")]
     needs = to in ("hf", "z-lab")
-    assert load.main(words) == (2 if needs else 0)
+    assert load.main([*words[:-1], str(tmp_path / "alone")]) == (2 if needs else 0)
     assert ("--target" in capsys.readouterr().err) is needs
     assert load.main([*words, "--target", str(folder)]) == 0
     first, again = read_drafter(source), read_drafter(tmp_path / "back")
@@ -424,7 +426,7 @@ def test_a_strangers_mask_file_runs_nothing(targets: Any, tmp_path: Path, capsys
     assert drafter_export(mimo_drafter(model, tmp_path), folder, "mimo", out) == 0
     capsys.readouterr()
     words = ["--from", str(out), "--out", str(tmp_path / "back")]
-    for content in (pickle.dumps(Evil()), b"", b"not a pickle"):
+    for content in (pickle.dumps(Evil(), protocol=2), b"", b"not a pickle"):
         (out / "mask_embedding.pt").write_bytes(content)
         assert load.main(words) == 2
         said = capsys.readouterr()
@@ -445,6 +447,70 @@ def test_a_tensor_of_another_variant_is_named(plain: Path, llama: Any, tmp_path:
     assert load.main(["--from", str(out), "--out", str(tmp_path / "back"), "--target", str(llama[0])]) == 2
     assert "layers.0.mlp_conv.base_kernel" in capsys.readouterr().err
     assert digest(out) == before
+
+
+def odd_values(raw: dict[str, Any], place: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """(key path, value that no publisher meant); ABSENT deletes."""
+    found: list[tuple[tuple[str, ...], Any]] = []
+    for key, value in raw.items():
+        found += [((*place, key), odd) for odd in (ABSENT, None, -1, 0, 10**12, 1e30, "x", [], {}, [1, "x"], True)]
+        if isinstance(value, dict):
+            found += odd_values(value, (*place, key))
+    return found
+
+
+ABSENT = object()
+
+
+@pytest.mark.parametrize("to", ["hf", "mimo"])
+def test_a_strangers_config_ends_in_one_line(to: str, targets: Any, tmp_path: Path) -> None:
+    """Whatever stands in one key: it is read as a config of ours would be, or refused in one line, at once."""
+    folder, model = targets["mimo"]
+    made = mimo_drafter(model, tmp_path) if to == "mimo" else saved(fresh(model), model, tmp_path / "drafter")
+    out = tmp_path / "out"
+    assert drafter_export(made, folder, to, out) == 0
+    good, taken = (out / "config.json").read_text(), 0
+    cases = odd_values(json.loads(good))
+    for path, odd in cases:
+        raw = json.loads(good)
+        inner = raw
+        for key in path[:-1]:
+            inner = inner[key]
+        if odd is ABSENT:
+            del inner[path[-1]]
+        else:
+            inner[path[-1]] = odd
+        (out / "config.json").write_text(json.dumps(raw))
+        try:
+            config = import_drafter(out, tmp_path / "back", folder, dry_run=True)
+            assert from_dict(json.loads(json.dumps(config.to_dict())), "x") == config
+            taken += 1
+        except Fp4FlashError as error:
+            assert "\n" not in str(error), (path, odd)
+    assert 0 < taken < len(cases)
+
+
+@pytest.mark.parametrize(
+    ("key", "odd"), [("window", 9.5), ("causal", 1), ("rms_norm_eps", float("nan")), ("taps", "012")]
+)
+def test_a_value_of_another_type_is_named(key: str, odd: Any) -> None:
+    with pytest.raises(ConfigError, match=f"drafter {key}="):
+        DFlashConfig(**SMALL | {key: odd})
+
+
+def test_an_import_keeps_off_what_is_there_and_checks_the_target(
+    plain: Path, llama: Any, tmp_path: Path, capsys
+) -> None:
+    assert drafter_export(plain, llama[0], "z-lab", tmp_path / "out") == 0
+    words = ["--from", str(tmp_path / "out"), "--target", str(llama[0]), "--out"]
+    before = digest(plain)
+    assert load.main([*words, str(plain)]) == 2
+    assert "not empty" in capsys.readouterr().err and digest(plain) == before
+    edit_json(tmp_path / "out" / "config.json", lambda raw: raw.update(num_target_layers=9))
+    assert load.main([*words, str(tmp_path / "back")]) == 2
+    assert "num_hidden_layers=9" in capsys.readouterr().err
+    assert load.main(["--from", str(llama[0]), "--target", str(llama[0]), "--out", str(tmp_path / "back")]) == 2
+    assert "--target is for drafters" in capsys.readouterr().err
 
 
 @pytest.mark.slow
