@@ -6,6 +6,7 @@ every round. Layouts without an engine here are held against the names, shapes a
 
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,15 @@ from tests.drafter_cases import (
 )  # fmt: skip
 
 MIMO_LIKE = {"sinks": True, "value_scale": 0.612, "partial_rotary_factor": 0.5, "learned_mask": True}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are tiny: more threads only wait for one another on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
