@@ -58,6 +58,26 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("llama.cpp", "loads MIMO2, QWEN3MOE and GPT_OSS with the MXFP4 type (39)",
             "older builds lack type 39, or silently ignore MiMo's attention.value_scale"),
     ),
+    "drafter, hf": (
+        Row("transformers", 'generate(..., assistant_model=…, speculation_type="dflash"), from 5.23',
+            "one prompt at a time; a tap at the last layer needs tie_last_hidden_states=false in the target's config"),
+        Row("vLLM", "maps its tensor names (encoder.fc, output_norm_enc); not tested here"),
+    ),
+    "drafter, z-lab": (
+        Row("dflash 0.1.0", "loads; tested here where the package is installed"),
+        Row("SGLang", "loads (#16818)", "versions that ignore is_causal make sliding layers causal"),
+        Row("vLLM", "loads", "adds 1 to target_layer_ids itself"),
+    ),
+    "drafter, vllm": (
+        Row("vLLM", "loads (method dflash, num_speculative_tokens = block_size - 1; #46104)",
+            "full and sliding layers together need its V2 runner; fp16 overflows (#55250)"),
+    ),
+    "drafter, mimo": (
+        Row("SGLang", "loads (DFLASH, --speculative-num-draft-tokens = block_size; #40448)", "needs PP=1 on CUDA"),
+        Row("vLLM", "loads (#46104), mask_embedding.pt included",
+            "its general DFlash class reads no attention_value_scale: look whether your version has MiMo's"),
+        Row("transformers", "does not read it", "no sinks, value scale, partial rotary: train without, export --to hf"),
+    ),
     "dcp": (
         Row("torch.distributed.checkpoint", "loads at any world size", "its metadata is a pickle: load only your own"),
     ),

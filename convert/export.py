@@ -4,6 +4,8 @@ python -m convert.export --to hf                        the latest finished run,
 python -m convert.export --to mimo --from DIR --out OUT
 python -m convert.export --to hf --from DIR --ptq even  a model that never saw QAT, rounded here and marked as such
 python -m convert.export --to hf --dry-run              every tensor: source -> destination, dtype, bytes
+python -m convert.export --to vllm --what drafter --from DRAFTER --target EXPORTED --out DIR
+python -m convert.export --to mimo --what both --from MODEL --drafter DRAFTER --out DIR    DIR and DIR/dflash
 """
 
 import argparse
@@ -15,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from convert.command import ended
-from core.errors import ConfigError, UnsupportedError
+from core.errors import ConfigError
 
 TARGETS = ("hf", "bf16", "mimo", "gpt-oss", "quark", "gguf", "dcp")
+DRAFTER_ONLY = ("z-lab", "vllm")  # drafters also go to hf and mimo
+DRAFTER_PLACE = "dflash"  # inside the target's folder, where --what both puts it
 COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "chat_template.jinja")
 
 
@@ -25,10 +29,18 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m convert.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--to", required=True, choices=TARGETS, help="hf: compressed-tensors (GPT-OSS: its own layout)")
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=(*TARGETS, *DRAFTER_ONLY),
+        help="hf: compressed-tensors (GPT-OSS: its own layout)",
+    )
     parser.add_argument("--from", dest="folder", help="run or checkpoint folder (default: the latest finished run)")
     parser.add_argument("--out", help="folder to write (default: beside the source, named after the format)")
     parser.add_argument("--what", choices=("target", "drafter", "both"), default="target")
+    parser.add_argument("--target", help="with --what drafter: the exported target that it will draft for")
+    parser.add_argument("--drafter", help="with --what both: the drafter's folder")
+    parser.add_argument("--force", action="store_true", help="export a drafter for a target it was not trained with")
     parser.add_argument("--ptq", choices=("even", "floor", "rceil"), help="round an untrained model by this scale rule")
     parser.add_argument(
         "--select", nargs="+", help="with --ptq: fnmatch patterns of model tensors (default: all experts)"
@@ -45,13 +57,39 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> None:
+    wanted = {"target": (), "drafter": ("folder", "target", "out"), "both": ("drafter",)}[options.what]
+    for name in ("target", "drafter"):
+        if getattr(options, name) and name not in wanted:
+            raise ConfigError(f"--{name} is not for --what {options.what}; leave it out")
+    for name in wanted:
+        if not getattr(options, name):
+            raise ConfigError(f"--what {options.what} needs --{'from' if name == 'folder' else name} DIR")
+    if options.what == "drafter":
+        export_drafter(options)
+    elif options.to in DRAFTER_ONLY:
+        raise ConfigError(f"--to {options.to} is a layout of drafters; add --what drafter")
+    else:
+        export_target(options)
+
+
+def export_drafter(options: argparse.Namespace) -> None:
+    from convert.drafter import plan_drafter
+
+    plan = plan_drafter(options.to, Path(options.folder), Path(options.target), force=options.force)
+    out = Path(options.out)
+    print(f"Drafter from {plan.folder} for {plan.pair.folder} to {out}, layout {options.to}\n{plan.summary()}")
+    if options.dry_run:
+        print(plan.table())
+        return
+    plan.write(out)
+    print(f"Written: {out}; check it with: python -m convert.verify {out} --source {plan.folder}")
+
+
+def export_target(options: argparse.Namespace) -> None:
+    from convert.drafter import plan_drafter
     from convert.formats import format_named
     from convert.plan import make_plan, table
 
-    if options.what != "target":
-        raise UnsupportedError(
-            f"--what {options.what}: no drafter trainer exists yet, so there is none to export; use --what target"
-        )
     if options.workers < 1 or not 0 < options.shard_gb < 2**20:
         raise ConfigError(f"--workers {options.workers} --shard-gb {options.shard_gb}: both must be positive numbers")
     folder = Path(options.folder) if options.folder else latest_run(Path(options.runs))
@@ -65,10 +103,18 @@ def run(options: argparse.Namespace) -> None:
     if format.one_file and source.carried:
         names = ", ".join(e.name for e in source.carried[:3])
         print(f"Left out: {len(source.carried):,} tensors that {name} has no place for here ({names}, ...)")
+    drafter = None
+    if options.what == "both":
+        drafter = plan_drafter(options.to, Path(options.drafter), source.folder, force=options.force, hashed=False)
+        print(f"Drafter from {drafter.folder} to {out / DRAFTER_PLACE}\n{drafter.summary()}")
     if options.dry_run:
-        print(table(plan))
+        print(table(plan) + (f"\n{drafter.table()}" if drafter else ""))
         return
-    (write_as_dcp if name == "dcp" else write)(source, format, plan, out, ptq=options.ptq, workers=options.workers)
+    manifest = (write_as_dcp if name == "dcp" else write)(
+        source, format, plan, out, ptq=options.ptq, workers=options.workers
+    )
+    if drafter:
+        drafter.write(out / DRAFTER_PLACE, manifest["model_hash"])
     print(f"Written: {out}; check it with: python -m convert.verify {out}")
 
 

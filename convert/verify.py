@@ -77,6 +77,10 @@ def verify(folder: Path, origin: Path | None) -> tuple[str, list[Check]]:
     from core.checkpoint.index import read_json
 
     manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").is_file() else {}
+    if manifest.get("what") == "drafter":
+        from convert.drafter import verify_drafter
+
+        return f"drafter, {manifest.get('format')}", [Check(*row) for row in verify_drafter(folder, manifest, origin)]
     name = manifest.get("format") or guess(folder)
     return name, compare(folder, name, origin)
 

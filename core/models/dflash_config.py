@@ -5,8 +5,9 @@ the mask embedding comes from and how much of a head is rotated are written in e
 other engines (convert/formats) state how they say the same.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from core.errors import CheckpointError, ConfigError
 
@@ -72,6 +73,7 @@ class DFlashConfig:
 
 def check(c: DFlashConfig) -> None:
     """ConfigError naming the key, its value and the rule."""
+    check_types(c)
     rules = {
         "block_size": (c.block_size >= 2, "at least 2: the anchor and one draft"),
         "window": (c.window >= c.block_size, f"at least block_size={c.block_size}"),
@@ -93,6 +95,8 @@ def check(c: DFlashConfig) -> None:
             f"ascending layer numbers of the target, 0 to {c.num_target_layers - 1}",
         ),
         "mask_token_id": (0 <= c.mask_token_id < c.vocab_size, f"an id below vocab_size={c.vocab_size}"),
+        "rope_theta": (c.rope_theta > 0, "above 0"),
+        "rms_norm_eps": (c.rms_norm_eps > 0, "above 0"),
         "selector_rank": (
             (c.selector_rank > 0) == (c.selector_top_k > 0) and min(c.selector_rank, c.selector_top_k) >= 0,
             "above 0 exactly where selector_top_k is",
@@ -102,6 +106,17 @@ def check(c: DFlashConfig) -> None:
     for key, (holds, rule) in rules.items():
         if not holds:
             raise ConfigError(f"drafter {key}={getattr(c, key)!r}: expected {rule}")
+
+
+def check_types(c: DFlashConfig) -> None:
+    """ConfigError for a value of another type than its field's, or a float that is not finite (files have them)."""
+    for field in fields(c):
+        value, several = getattr(c, field.name), get_args(field.type)
+        kind: Any = several[0] if several else field.type
+        right = all(type(i) is kind or (kind is float and type(i) is int) for i in (value if several else (value,)))
+        if not right or (kind is float and not math.isfinite(value)):
+            wanted = f"a list of {kind.__name__}" if several else kind.__name__
+            raise ConfigError(f"drafter {field.name}={value!r}: expected {wanted}")
 
 
 def from_dict(raw: dict[str, Any], where: str) -> DFlashConfig:
@@ -117,7 +132,10 @@ def from_dict(raw: dict[str, Any], where: str) -> DFlashConfig:
     if given != known:
         wrong = min(given ^ known)
         raise CheckpointError(f"{where}: key {wrong!r} is {'unknown' if wrong in given else 'missing'}")
-    return DFlashConfig(**{k: raw[k] for k in known})
+    try:
+        return DFlashConfig(**{k: raw[k] for k in known})
+    except TypeError as error:
+        raise CheckpointError(f"{where}: taps or layer_types is no list ({error}); export the drafter again") from error
 
 
 def spread_taps(layers: int, count: int, full: tuple[int, ...] = ()) -> tuple[int, ...]:

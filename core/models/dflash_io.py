@@ -58,20 +58,32 @@ def load_drafter(
     folder: Path | str, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> Drafter:
     """Raises CheckpointError: damaged files, missing or extra tensors, another shape, a near-zero mask embedding."""
+    config, tensors = read_drafter(folder)
+    with torch.device("meta"):
+        drafter = Drafter(config)
+    drafter.load_state_dict({n: t.to(device, dtype) for n, t in tensors.items()}, assign=True)
+    return drafter.eval()
+
+
+def read_drafter(folder: Path | str) -> tuple[DFlashConfig, dict[str, torch.Tensor]]:
+    """(config, tensors as stored). Raises CheckpointError as `load_drafter`."""
     folder = Path(folder)
     config = read_drafter_config(folder)
     open_checkpoint(folder)  # validates headers, offsets and sizes before anything is allocated
-    with torch.device("meta"):
-        drafter = Drafter(config)
     tensors = load_file(folder / WEIGHTS)
-    shapes = {n: tuple(t.shape) for n, t in drafter.state_dict().items()}
+    check_tensors(tensors, config, str(folder / WEIGHTS))
+    check_mask(tensors["mask_embedding"], str(folder))
+    return config, tensors
+
+
+def check_tensors(tensors: dict[str, torch.Tensor], config: DFlashConfig, where: str) -> None:
+    """CheckpointError naming the first tensor that is missing, too many, or of another shape than the config says."""
+    with torch.device("meta"):
+        shapes = {n: tuple(t.shape) for n, t in Drafter(config).state_dict().items()}
     found = {n: tuple(t.shape) for n, t in tensors.items()}
     if found != shapes:
         name = min(n for n in shapes.keys() | found.keys() if shapes.get(n) != found.get(n))
-        raise CheckpointError(f"{folder / WEIGHTS}: {name} is {found.get(name)}; the config wants {shapes.get(name)}")
-    check_mask(tensors["mask_embedding"], str(folder))
-    drafter.load_state_dict({n: t.to(device, dtype) for n, t in tensors.items()}, assign=True)
-    return drafter.eval()
+        raise CheckpointError(f"{where}: {name} is {found.get(name)}; the config wants {shapes.get(name)}")
 
 
 def check_mask(mask: torch.Tensor, where: str) -> None:
@@ -86,7 +98,7 @@ def check_mask(mask: torch.Tensor, where: str) -> None:
 
 def target_identity(model: nn.Module, fingerprint: str) -> dict[str, Any]:
     """What a drafter remembers of its target, for refusing another one."""
-    config = model.config
+    config: Any = model.config
     return {
         "model_type": config.model_type,
         "num_hidden_layers": config.num_hidden_layers,

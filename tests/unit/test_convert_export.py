@@ -214,7 +214,7 @@ def test_refusals_name_the_way_out(tmp_path: Path, capsys: Any) -> None:
     assert "use --to hf" in line("qwen3_moe", "--to", "mimo")
     assert "use --to hf" in line("qwen3_moe", "--to", "gpt-oss")
     assert "use --to gpt-oss or --to bf16" in line("gpt_oss", "--to", "quark")
-    assert "no drafter" in line("mimo", "--to", "hf", "--what", "both")
+    assert "--drafter DIR" in line("mimo", "--to", "hf", "--what", "both")
     assert "must be positive" in line("mimo", "--to", "hf", "--workers", "0")
     assert "must be positive" in line("mimo", "--to", "hf", "--shard-gb", "0")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpt_oss", "mimo", "qwen3_moe"]
