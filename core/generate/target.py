@@ -27,8 +27,8 @@ class Target:
             raise ConfigError(f"draft.taps has layer {wrong[0]}; the target has layers 0 to {len(layers) - 1}")
         self.model, self.taps = model, taps
         self.layers: list[nn.Module] = [layers[t] for t in taps]
-        self.head: nn.Module = model.get_output_embeddings()
-        self.embedding: nn.Module = model.get_input_embeddings()
+        self.head: nn.Linear = model.get_output_embeddings()
+        self.embedding: nn.Embedding = model.get_input_embeddings()
 
     @property
     def device(self) -> torch.device:

@@ -93,6 +93,10 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    def key_value(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> KeyValue:
+        """Of fused context, which skips input_layernorm."""
+        return self.self_attn.key_value(x, rotary)
+
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: KeyValue, mask: Any, ops: ModelOps) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, context, mask, ops)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -135,6 +139,9 @@ class Drafter(nn.Module):
         self.selector = Selector(config) if config.selector_rank else None
         self.ops: ModelOps = EAGER
 
+    def decoder_layers(self) -> list[Layer]:
+        return [layer for layer in self.layers if isinstance(layer, Layer)]
+
     def rotary(self, position_RN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos, sin) [R, 1, N, rotated dims], computed in FP32."""
         size = self.config.rotary_dims
@@ -151,7 +158,7 @@ class Drafter(nn.Module):
         """Keys and values of every layer for context tokens at their absolute positions."""
         fused = self.fuse(features_RTF)
         rotary = self.rotary(position_RT, fused.dtype)
-        return [layer.self_attn.key_value(fused, rotary) for layer in self.layers]
+        return [layer.key_value(fused, rotary) for layer in self.decoder_layers()]
 
     def block(self, anchor_embed: Tensor) -> Tensor:
         """Embeddings [..., G] of anchor tokens -> block inputs [..., B, G]."""
