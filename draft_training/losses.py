@@ -60,6 +60,7 @@ class ChunkedDraftLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         count, drafts = hidden.shape[0], slots.drafts
         chunk = max(1, config.chunk_tokens // drafts) * drafts
+        work = compiled_chunk_loss() if hidden.is_cuda else chunk_loss
         grad = torch.empty_like(hidden)
         sums = torch.zeros(4, dtype=torch.float32, device=hidden.device)
         labels = slots.labels.clone()
@@ -71,10 +72,9 @@ class ChunkedDraftLoss(torch.autograd.Function):
             part = slice(at, min(at + chunk, count))
             target = None if slots.teacher is None else slots.teacher[part] @ head.T
             logits = hidden[part] @ head.T
-            d_logits, values, labels[part] = chunk_loss(logits, labels[part], target, drafts, config)
+            d_logits, values, labels[part] = work(logits, labels[part], target, drafts, config)
             if candidates:
-                best = logits.topk(candidates, dim=-1)
-                top[0][part], top[1][part] = best.values.to(torch.float32), best.indices
+                top[0][part], top[1][part] = best_of(logits, candidates)
             grad[part] = d_logits @ head
             sums += values
         ctx.save_for_backward(grad)
@@ -121,6 +121,37 @@ def chunk_loss(
     return grad, torch.stack((loss, ce, kl, leading)), labels
 
 
+_compiled: list[Callable[..., Any]] = []
+
+
+def compiled_chunk_loss() -> Callable[..., Any]:
+    """Fused on a GPU: as written, each of a dozen elementwise steps would read and write all logits in FP32."""
+    if not _compiled:
+        _compiled.append(torch.compile(chunk_loss, dynamic=False))
+    return _compiled[0]
+
+
+GROUP = 128
+
+
+def best_of(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(values FP32, ids) [C, count] of the largest logits, best first, in one pass over them.
+
+    The best `count` entries lie in the `count` groups of 128 with the largest maxima, whatever the ties.
+    """
+    rows, vocab = logits.shape
+    groups = -(-vocab // GROUP)
+    if groups <= count:
+        best = logits.topk(count, dim=-1)
+        return best.values.to(torch.float32), best.indices
+    padded = F.pad(logits, (0, groups * GROUP - vocab), value=float("-inf")).view(rows, groups, GROUP)
+    group = padded.amax(-1).topk(count, dim=-1).indices
+    inside = padded.gather(1, group[..., None].expand(-1, -1, GROUP)).flatten(1)
+    best = inside.topk(count, dim=-1)
+    ids = group.gather(1, best.indices // GROUP) * GROUP + best.indices % GROUP
+    return best.values.to(torch.float32), ids
+
+
 def selector_loss(
     drafter: Drafter, embedding: Tensor, hidden: Tensor, before: Tensor, labels: Tensor, values: Tensor, ids: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -131,7 +162,7 @@ def selector_loss(
     assert drafter.selector is not None
     right = drafter.selector.right(embedding)  # of the whole vocabulary: cheaper than N x C projections
     left = drafter.selector.left(embedding[before], hidden)
-    score = values + torch.einsum("nr,ncr->nc", left, right[ids]).to(torch.float32)
+    score = values + torch.einsum("nr,ncr->nc", left, F.embedding(ids, right)).to(torch.float32)
     same = ids == labels[:, None]
     found = same.any(-1)
     each = F.cross_entropy(score, same.to(torch.int8).argmax(-1), reduction="none")

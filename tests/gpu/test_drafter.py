@@ -1,0 +1,79 @@
+"""The drafter on a GPU: block-sparse attention against the written-out mask, forward and backward; the same training step."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from core.models.dflash import Drafter, init_drafter
+from core.models.dflash_config import FULL, SLIDING, DFlashConfig
+from core.models.dflash_mask import additive, dense, sparse
+from core.models.ops import EAGER, FLEX
+from draft_training.config import LossConfig
+from draft_training.losses import chunk_loss, compiled_chunk_loss
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and torch sees none"),
+]
+
+
+def outputs(
+    drafter: Drafter, x: Tensor, place: Tensor, features: Tensor, position: Tensor, masks: dict
+) -> list[Tensor]:
+    """Hidden states and the gradient of every parameter."""
+    drafter.zero_grad()
+    hidden = drafter(x, place, drafter.context(features, position), masks)
+    weight = torch.linspace(-1, 1, hidden.numel(), device=hidden.device, dtype=hidden.dtype).view_as(hidden)
+    (hidden * weight).sum().backward()
+    return [hidden.detach(), *(p.grad for p in drafter.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(("tokens", "anchors", "block"), [(300, 31, 8), (1024, 256, 8), (129, 16, 7)])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_block_sparse_attention_is_the_written_out_one(tokens: int, anchors: int, block: int, sinks: bool) -> None:
+    """Error against FP32 at most 1.1 times that of the written-out mask in BF16, outputs and gradients."""
+    torch.manual_seed(0)
+    config = DFlashConfig(
+        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=2,
+        head_dim=64, vocab_size=64, num_target_layers=8, taps=(1, 4), mask_token_id=1, block_size=block, window=100,
+        layer_types=(SLIDING, FULL), sinks=sinks, value_scale=0.6, partial_rotary_factor=0.5,
+    )  # fmt: skip
+    exact = Drafter(config).cuda()
+    init_drafter(exact, torch.randn(128))
+    position = torch.cat([torch.arange(tokens // 3), torch.arange(tokens - tokens // 3)]).expand(2, -1).cuda()
+    documents = (position == 0).cumsum(-1) - 1
+    drawn = [torch.randperm(tokens - 1)[:anchors].sort().values + 1 for _ in range(2)]
+    anchor = torch.stack(drawn).cuda()
+    anchor[0, 0] = -1
+    features = torch.randn(2, tokens, 256, device="cuda")
+    x = torch.randn(2, anchors * block, 128, device="cuda")
+    place = (position.gather(1, anchor.clamp(min=0))[..., None] + torch.arange(block, device="cuda")).flatten(1)
+
+    def run(drafter: Drafter, dtype: torch.dtype, flex: bool) -> list[Tensor]:
+        drafter.ops = FLEX if flex else EAGER
+        made = {
+            k: sparse(config, k, documents, anchor) if flex else additive(dense(config, k, documents, anchor), dtype)
+            for k in (SLIDING, FULL)
+        }
+        return [t.float() for t in outputs(drafter, x.to(dtype), place, features.to(dtype), position, made)]
+
+    truth = run(exact, torch.float32, flex=False)
+    half = Drafter(config).to("cuda", torch.bfloat16)
+    half.load_state_dict(exact.state_dict())
+    plain, fast = run(half, torch.bfloat16, flex=False), run(half, torch.bfloat16, flex=True)
+    for e, p, f in zip(truth, plain, fast, strict=True):
+        limit = (p - e).square().mean().sqrt() * (1.1 + 3 / e.numel() ** 0.5) + 1e-6 * e.abs().max()
+        assert (f - e).square().mean().sqrt() <= limit
+
+
+@pytest.mark.parametrize("config", [LossConfig(), LossConfig(dpace_alpha=0.5), LossConfig(ce=0.5, kl=1.0)], ids=str)
+def test_the_compiled_loss_is_the_plain_one(config: LossConfig) -> None:
+    torch.manual_seed(0)
+    labels = torch.randint(0, 5000, (70,), device="cuda")
+    labels[13] = -100
+    logits, target = (torch.randn(70, 5000, device="cuda").bfloat16() for _ in range(2))
+    plain = chunk_loss(logits, labels, target if config.kl else None, 7, config)
+    fused = compiled_chunk_loss()(logits, labels, target if config.kl else None, 7, config)
+    torch.testing.assert_close(fused[0].float(), plain[0].float(), atol=1e-5, rtol=1e-2)
+    torch.testing.assert_close(fused[1], plain[1], atol=1e-3, rtol=1e-4)
+    assert torch.equal(fused[2], plain[2])
