@@ -2,8 +2,8 @@
 
     python -m benchmarks.drafter [--parts throughput,memory,anchor,capture] [--repeats 5] [--json FILE]
 
-Target: SmolLM2-135M's geometry with random weights (30 layers of 576, 49,152 tokens); drafter: 5 layers, block 8, window
-512, random text. A step is the target's forward with its taps, the drafter forward and backward, and the update.
+Target: SmolLM2-135M's geometry with random weights (30 layers of 576, 49,152 tokens); drafter: 5 layers, block 8,
+window 512, random text. A step is the target's forward with its taps, the drafter forward and backward, and the update.
 
 throughput  512 anchors x 4,096 tokens, 2 rows: ours over the straightforward step (dense mask through torch's fused
             attention, one cross-entropy over all logits), same weights and optimiser, alternating. Bar: 3 x.
@@ -117,7 +117,7 @@ def throughput(target: Target, repeats: int) -> dict[str, Any]:
         "plain": step_of(target, plain_loss(target, config), make_drafter(target, plain_ops), batch),
     }
     taken: dict[str, list[float]] = {name: [] for name in works}
-    for name, work in works.items():
+    for work in works.values():
         gpu_seconds(work, 1)
     for _ in range(repeats):
         for name, work in works.items():
