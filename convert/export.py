@@ -18,7 +18,10 @@ from convert.command import ended
 from core.errors import ConfigError, UnsupportedError
 
 TARGETS = ("hf", "bf16", "mimo", "gpt-oss", "quark", "gguf", "dcp")
-COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "chat_template.jinja")
+COPIED = (
+    "generation_config.json", "chat_template.jinja", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt",
+    "NOTICE.md", "README.md",
+)  # fmt: skip
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -200,12 +203,13 @@ def write(
 
 
 def small_files(source: Any, format: Any, target: Any) -> None:
-    """config.json, tokenizer, licence."""
+    """config.json, tokenizer, licence, card: as they are now, whatever an interrupted try had copied."""
     from core.checkpoint.index import inside
     from core.checkpoint.writer import write_text
     from core.models.load import TOKENIZER_FILES
 
     for name in (*TOKENIZER_FILES, *COPIED):
+        (target.part / name).unlink(missing_ok=True)
         if (source.folder / name).is_file():
             shutil.copyfile(inside(source.folder, name), target.part / name)
     write_text(target.part / "config.json", json.dumps(format.config(source), indent=2, sort_keys=True) + "\n")
