@@ -232,8 +232,8 @@ def write_as_dcp(source: Any, format: Any, plan: Any, out: Path, **options: Any)
         files.begin(target, "")
         write_dcp(baked, target.part)
         write_text(target.part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        files.finish(target)
         shutil.rmtree(baked)
+        files.finish(target)
     return manifest
 
 
