@@ -1,8 +1,9 @@
 """What each engine does with each format, traps included. Facts with their source; dates matter, so they are given.
 
 State of October 2026, from the loaders' code and their issue threads (numbers: issues or pull requests in the
-engine's repository). transformers 5.23 is tested here. vLLM, SGLang and llama.cpp are not installed in our CI: their
-rows say what their code reads, and tests/unit/test_convert_contracts.py holds our files against that.
+engine's repository). transformers 5.23 is tested here, llama.cpp (llama-cpp-python 0.3.36) by the slow tests. vLLM and
+SGLang are not installed in our CI: their rows say what their code reads, and tests/unit/test_convert_contracts.py holds
+our files against that.
 """
 
 from dataclasses import dataclass
@@ -56,7 +57,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("vLLM", "experimental GGUF support; not tested here"),
         Row("SGLang", "experimental GGUF support; not tested here"),
         Row("llama.cpp", "loads MIMO2, QWEN3MOE and GPT_OSS with the MXFP4 type (39)",
-            "older builds lack type 39, or silently ignore MiMo's attention.value_scale"),
+            "older builds lack type 39, or silently ignore MiMo's attention.value_scale; MXFP4 on the CPU rounds "
+            "activations to 8 bit; YaRN is computed as truncate=true, GPT-OSS says false"),
     ),
     "drafter, hf": (
         Row("transformers", 'generate(..., assistant_model=…, speculation_type="dflash"), from 5.23',

@@ -22,7 +22,10 @@ from core.errors import ConfigError
 TARGETS = ("hf", "bf16", "mimo", "gpt-oss", "quark", "gguf", "dcp")
 DRAFTER_ONLY = ("z-lab", "vllm")  # drafters also go to hf and mimo
 DRAFTER_PLACE = "dflash"  # inside the target's folder, where --what both puts it
-COPIED = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md", "chat_template.jinja")
+COPIED = (
+    "generation_config.json", "chat_template.jinja", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt",
+    "NOTICE.md", "README.md",
+)  # fmt: skip
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
@@ -246,12 +249,13 @@ def write(
 
 
 def small_files(source: Any, format: Any, target: Any) -> None:
-    """config.json, tokenizer, licence."""
+    """config.json, tokenizer, licence, card: as they are now, whatever an interrupted try had copied."""
     from core.checkpoint.index import inside
     from core.checkpoint.writer import write_text
     from core.models.load import TOKENIZER_FILES
 
     for name in (*TOKENIZER_FILES, *COPIED):
+        (target.part / name).unlink(missing_ok=True)
         if (source.folder / name).is_file():
             shutil.copyfile(inside(source.folder, name), target.part / name)
     write_text(target.part / "config.json", json.dumps(format.config(source), indent=2, sort_keys=True) + "\n")
@@ -274,8 +278,8 @@ def write_as_dcp(source: Any, format: Any, plan: Any, out: Path, **options: Any)
         files.begin(target, "")
         write_dcp(baked, target.part)
         write_text(target.part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-        files.finish(target)
         shutil.rmtree(baked)
+        files.finish(target)
     return manifest
 
 

@@ -56,8 +56,13 @@ class Target:
         shutil.rmtree(self.journal, ignore_errors=True)
 
     def check(self) -> None:
-        """CheckpointError if `out` holds something already."""
+        """CheckpointError if `out` holds something already.
+
+        A journal without its shards is of an export killed after its last rename, and is removed.
+        """
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            if not self.part.exists():
+                shutil.rmtree(self.journal, ignore_errors=True)
             raise CheckpointError(f"--out {self.out} exists and is not empty; choose another folder or remove it")
 
 

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from core.checkpoint.index import DTYPE_NAMES, INDEX
+from core.checkpoint.index import DTYPE_NAMES, INDEX, inside
 from core.checkpoint.writer import ShardWriter
 from core.errors import CheckpointError
 
@@ -138,7 +138,8 @@ def unpacked(folder: Path, out: Path) -> Path:
 
 
 def copy_small_files(source: Path, out: Path) -> None:
-    """config.json, manifest.json, tokenizer: everything but weights and their index."""
+    """config.json, manifest.json, tokenizer, licence, card: everything but weights and their index."""
     for file in source.iterdir():
-        if file.suffix in (".json", ".jinja", ".txt", ".model", ".md") and file.name != INDEX:
-            shutil.copyfile(file, out / file.name)
+        small = file.suffix in (".json", ".jinja", ".txt", ".model", ".md") or file.name in ("LICENSE", "NOTICE")
+        if small and file.name != INDEX:
+            shutil.copyfile(inside(source, file.name), out / file.name)

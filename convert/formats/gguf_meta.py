@@ -1,7 +1,8 @@
 """Hyperparameters as GGUF's fields: what llama.cpp's loader of each architecture reads.
 
 llama.cpp computes some things of an architecture one way only, whatever a field says (the router's normalisation,
-GPT-OSS's clamp, which layers have a window). `refuse` names every model that would therefore come out different.
+GPT-OSS's clamp, which layers have a window). `refuse` names every model that would therefore come out different, but
+for YaRN's ramp in GPT-OSS: all its releases say truncate=False, and llama.cpp runs them with rounded ends nevertheless.
 
 A field's Python type is its GGUF type: int u32, float f32, bool, str, list of int i32, list of str.
 """
@@ -15,6 +16,7 @@ from core.errors import UnsupportedError
 from core.models.mimo_v2_config import FULL, WINDOW, MiMoV2Config
 
 SOFTMAX, SIGMOID = 1, 2  # expert_gating_func
+MXFP4_MOE = 38  # LLAMA_FTYPE_MOSTLY_MXFP4_MOE of llama.h, the enum that the loader reads; ggml.h counts otherwise (25)
 YARN = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp's constants
 GPT_OSS = {"swiglu_limit": 7.0, "swiglu_alpha": 1.702, "attention_bias": True, "hidden_act": "silu"}
 QWEN = {
@@ -64,6 +66,10 @@ def refuse(config: Any, arch: Arch) -> None:
             raise UnsupportedError(
                 "--to gguf: layer_types; llama.cpp's gpt-oss has windows on layers 0, 2, 4, ... only"
             )
+    if arch.name == "qwen3moe" and config.rope_parameters.get("truncate") is False:
+        raise UnsupportedError(
+            "--to gguf: rope_parameters.truncate=False, llama.cpp rounds the ends of YaRN's ramp; use --to bf16"
+        )
     if arch.name == "mimo2":
         rotary = {rotated(config, kind) for kind in (FULL, WINDOW)}
         if len(rotary) > 1:
@@ -123,7 +129,7 @@ def metadata(config: Any, arch: Arch, name: str) -> dict[str, Any]:
     general = {
         "general.type": "model",
         "general.name": name,
-        "general.file_type": 38,
+        "general.file_type": MXFP4_MOE,
         "general.quantization_version": 2,
     }
     return general | {f"{arch.name}.{key}": value for key, value in fields.items()}

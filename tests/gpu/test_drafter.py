@@ -1,4 +1,4 @@
-"""The drafter on a GPU: block-sparse attention against the written-out mask, forward and backward; the same training step."""
+"""The drafter on a GPU: block-sparse attention against the written-out mask, forward and backward; the fused loss."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ pytestmark = [
 
 
 def outputs(
-    drafter: Drafter, x: Tensor, place: Tensor, features: Tensor, position: Tensor, masks: dict
+    drafter: Drafter, x: Tensor, place: Tensor, features: Tensor, position: Tensor, masks: dict[str, object]
 ) -> list[Tensor]:
     """Hidden states and the gradient of every parameter."""
     drafter.zero_grad()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from convert import export
+from convert import export, load
 from convert import write as files
 from core.checkpoint.index import INDEX, SINGLE, open_checkpoint
 from core.models.load import save_model
@@ -244,6 +244,15 @@ def test_a_single_file_that_leads_out_is_refused(tmp_path: Path, capsys: Any) ->
     assert "leads out of the folder" in failure(
         capsys, "--to", "hf", "--from", str(source), "--out", str(tmp_path / "o")
     )
+
+
+@pytest.mark.parametrize("layout", ["bf16", "dcp"])
+def test_a_card_that_leads_out_is_refused(layout: str, tmp_path: Path, capsys: Any) -> None:
+    source = exported(checkpoint(tmp_path / "model", "qwen3_moe"), layout, tmp_path / "source")
+    (tmp_path / "secret").write_text("private")
+    (source / "README.md").symlink_to(tmp_path / "secret")
+    assert load.main(["--from", str(source), "--out", str(tmp_path / "out")]) == 2
+    assert "leads out of the folder" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_out_is_not_empty(folder: Path, tmp_path: Path, capsys: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from convert import export
+from convert import export, verify
 from convert import write as files
 from convert.source import open_source
 from core.checkpoint.index import INDEX, SINGLE
@@ -33,7 +33,10 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("to", ["hf", "mimo", "dcp"])
 def test_death_before_any_change_to_the_disk(to: str, source: Path, tmp_path: Path) -> None:
-    """Until the last rename there is no `out`, after it `out` is whole; the second try completes it and cleans up."""
+    """Until the last rename there is no `out`, after it `out` is whole; the second try completes it and cleans up.
+
+    A second try over a whole `out` is refused, and cleans up all the same.
+    """
     whole = tmp_path / "whole" / "out"
     with dying_before(-1) as changes:
         assert export.main(command(source, whole, to)) == 0
@@ -49,9 +52,9 @@ def test_death_before_any_change_to_the_disk(to: str, source: Path, tmp_path: Pa
             pass
         where = f"{moment}: {changes[moment]}"
         if out.exists() and any(out.iterdir()):
-            assert without_source(out) == expected, where
-            shutil.rmtree(out)
-        assert export.main(command(source, out, to)) == 0, where
+            assert export.main(command(source, out, to)) == 2, where
+        else:
+            assert export.main(command(source, out, to)) == 0, where
         assert without_source(out) == expected, where
         assert beside(out) == [], where
 
@@ -86,16 +89,32 @@ def test_finished_shards_are_not_written_again(source: Path, tmp_path: Path) -> 
     assert digest(out) == digest(tmp_path / "whole")
 
 
-def die_before_the_last_rename(source: Path, out: Path) -> None:
+def die_before_the_last_rename(source: Path, out: Path, to: str = "hf") -> None:
     """Every shard is written, and `out` is not there."""
     counted = out.with_name("counted")
     with dying_before(-1) as changes:
-        assert export.main(command(source, counted)) == 0
+        assert export.main(command(source, counted, to)) == 0
     shutil.rmtree(counted)
     last = len(changes) - 1 - changes[::-1].index("rename")
     with pytest.raises(Killed), dying_before(last):
-        export.main(command(source, out))
+        export.main(command(source, out, to))
     assert not out.exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "dcp", "gguf"])
+def test_licence_and_card_are_the_sources(to: str, source: Path, tmp_path: Path) -> None:
+    """Byte for byte, as they are when the export ends, although an earlier try had copied others; gguf is one file."""
+    texts = {"LICENSE": b"MIT\r\n", "NOTICE": b"of others", "README.md": "---\nlicense: mit\n---\n größer".encode()}
+    for name, text in texts.items():
+        (source / name).write_bytes(text)
+    out = tmp_path / "out"
+    die_before_the_last_rename(source, out, to)
+    (source / "NOTICE").unlink()
+    (source / "README.md").write_text("another card")
+    assert export.main(command(source, out, to)) == 0
+    found = {p.name: p.read_bytes() for p in out.iterdir() if p.name in texts}
+    assert found == ({} if to == "gguf" else {"LICENSE": texts["LICENSE"], "README.md": b"another card"})
+    assert verify.main([str(out), "--source", str(source)]) == 0
 
 
 @pytest.mark.parametrize("changed", ["source", "options", "shards"])

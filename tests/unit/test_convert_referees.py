@@ -104,7 +104,7 @@ def test_the_safetensors_library_reads_every_file_and_the_index_is_the_hubs(to: 
 
 
 def test_the_folder_is_what_the_hub_takes(tmp_path: Path) -> None:
-    """Plain relative files only, nothing hidden, and a model card whose metadata parses when the source has one."""
+    """Plain relative files only, nothing hidden, and the source's model card, whose metadata parses."""
     source = checkpoint(tmp_path / "model", "mimo")
     (source / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
     (source / "tokenizer.json").write_text("{}")
@@ -115,10 +115,9 @@ def test_the_folder_is_what_the_hub_takes(tmp_path: Path) -> None:
     assert list(filter_repo_objects(paths, ignore_patterns=ignored)) == paths
     operations = [CommitOperationAdd(path_in_repo=p, path_or_fileobj=folder / p) for p in paths]
     assert all(o.upload_info.size == (folder / o.path_in_repo).stat().st_size for o in operations)
-    assert {"config.json", "manifest.json", "tokenizer.json", "LICENSE", INDEX} <= set(paths)
+    assert {"config.json", "manifest.json", "tokenizer.json", "LICENSE", "README.md", INDEX} <= set(paths)
     assert set(weight_map(folder).values()) == {p for p in paths if p.endswith(".safetensors")}
-    if (folder / "README.md").exists():
-        assert ModelCard.load(folder / "README.md").data.license == "mit"
+    assert ModelCard.load(folder / "README.md").data.license == "mit"
     assert json.loads((folder / "manifest.json").read_text())["licence_of_base"] == "LICENSE"
 
 
