@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from core.errors import ConfigError
+from core.generate.target import Target
 from core.train.batch import IGNORE, Batch
 from core.train.data import TrainStream
 
@@ -31,6 +32,10 @@ class DraftBatch(Batch):
 
     def tensors(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, f.name) for f in fields(self))
+
+    def capture(self, target: Target) -> tuple[Tensor, Tensor]:
+        """(last hidden states [R, T, G], features [R, T, F]) of the frozen target."""
+        return target.packed(self.input_ids_BT, self.position_ids_BT)
 
     @property
     def num_targets(self) -> int:

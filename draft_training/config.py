@@ -78,11 +78,20 @@ class RepliesConfig:
 
 
 @dataclass
+class FeaturesConfig:
+    """Features of the target in files, for small targets; without a path they are computed in every step."""
+
+    path: str | None = None
+    rows: int = 4096  # packed rows of data.seq_len tokens
+
+
+@dataclass
 class DraftTrainConfig:
     target: TargetConfig = field(default_factory=TargetConfig)
     draft: DraftConfig = field(default_factory=DraftConfig)
     data: DataConfig = field(default_factory=DataConfig)
     replies: RepliesConfig = field(default_factory=RepliesConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -113,7 +122,7 @@ def value(config: Any, key: str) -> Any:
 
 POSITIVE = ("train.steps", "train.batch_size", "train.log_every", "train.keep_last", "anchors", "loss.chunk_tokens",
             "draft.tap_count", "draft.num_hidden_layers", "data.seq_len", "optim.lr", "replies.val_share",
-            "replies.prompt_tokens", "replies.rows", "eval_replies")  # fmt: skip
+            "replies.prompt_tokens", "replies.rows", "eval_replies", "features.rows")  # fmt: skip
 NOT_NEGATIVE = ("train.micro_batch_size", "train.eval_every", "train.save_every", "loss.ce", "loss.kl", "loss.gamma",
                 "loss.selector", "replies.count", "optim.clip_grad_norm", "optim.weight_decay")  # fmt: skip
 

@@ -67,8 +67,9 @@ def document(text: Text) -> Document:
 
 @dataclass(frozen=True)
 class DraftData:
-    """stream of batches with anchors, and the held-out texts by domain (empty where the text is not the target's)."""
+    """Batches with anchors over `rows`; held-out texts by domain (none where the text is not the target's)."""
 
+    rows: TrainStream
     stream: AnchorStream
     held_out: dict[str, list[Text]]
 
@@ -96,4 +97,4 @@ def make_data(config: DraftTrainConfig, tokenizer: Any, drafts: int, rank: int, 
         ]
         rows = TrainStream(sources, config.data.seq_len, train.batch_size, rank, world)
     kept = {name: texts[: config.eval_replies] for name, texts in sorted(validation.items())}
-    return DraftData(AnchorStream(rows, config.anchors, drafts, train.seed), kept)
+    return DraftData(rows, AnchorStream(rows, config.anchors, drafts, train.seed), kept)

@@ -177,7 +177,7 @@ def make_loss(target: Target, config: LossConfig) -> Callable[[nn.Module, Batch]
         drafter: Any = model
         ids, position, anchors = batch.input_ids_BT, batch.position_ids_BT, batch.anchors_RA
         drafts = drafter.config.drafts
-        last, features = target.packed(ids, position)
+        last, features = batch.capture(target)
         hidden = hidden_at(drafter, target, ids, position, features, anchors)[:, :, 1:].flatten(0, 2)
         labels = gathered(batch.labels_BT, position, anchors, drafts)
         place = (anchors.clamp(min=0)[..., None] + torch.arange(drafts, device=ids.device)).clamp(max=ids.shape[1] - 1)

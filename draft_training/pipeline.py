@@ -31,6 +31,7 @@ from core.train.tracker import make_tracker
 from draft_training.build import drafter_config, load_target, make_drafter, target_folder, target_of
 from draft_training.config import DraftTrainConfig
 from draft_training.data import DraftData, Text, make_data
+from draft_training.features import FeatureStream, write_features
 from draft_training.losses import make_loss
 from draft_training.prompts import load_prompts, prompts_hash
 from draft_training.regenerate import settings_of, stop_ids, write_replies
@@ -62,9 +63,12 @@ def train(config: DraftTrainConfig, resolved: str) -> Run:
     engine = build_engine(
         drafter, make_loss(target, config.loss), config.optim, config.parallel, micro_batches=micro, device=place
     )
+    stream = data.stream
+    if config.features.path:
+        stream = stored_features(config, data, target, loaded.tokenizer, made_for, rank, world)
     evaluator = Evaluator(target, drafter, data.held_out)
     tracker = make_tracker(config.tracker, run.folder, rank)
-    Loop(engine, data.stream, config.train, config.optim, run, NoHook(), evaluator, tracker, title="drafter").run()
+    Loop(engine, stream, config.train, config.optim, run, NoHook(), evaluator, tracker, title="drafter").run()
     tracker.close()
     tensors = dict(working_tensors(engine))
     if rank == 0:
@@ -100,6 +104,21 @@ def with_replies(config: DraftTrainConfig, loaded: LoadedModel, made_for: str, r
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return replace(config, replies=replace(replies, path=str(out)))
+
+
+def stored_features(
+    config: DraftTrainConfig, data: DraftData, target: Target, tokenizer: Any, made_for: str, rank: int, world: int
+) -> FeatureStream:
+    """Rank 0 writes the rows that are missing; every rank reads its own."""
+    folder, rows, train = Path(config.features.path or ""), config.features.rows, config.train
+    if rank == 0:
+        text = {"replies": config.replies.path, "data": plain(asdict(config.data)), "seed": train.seed}
+        settings = {"target": made_for, "taps": list(target.taps), "seq_len": config.data.seq_len, "text": text}
+        whole = make_data(config, tokenizer, data.stream.drafts, 0, 1).rows if world > 1 else data.rows
+        write_features(folder, whole, target, rows, settings)
+    if world > 1:
+        torch.distributed.barrier()
+    return FeatureStream(folder, rows, config.anchors, data.stream.drafts, train.batch_size, train.seed, rank, world)
 
 
 class Evaluator:
