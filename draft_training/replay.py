@@ -66,7 +66,7 @@ class Replayed:
 
 @torch.no_grad()
 def replay(
-    target: Target, drafter: Drafter, texts: list[tuple[Prompt, Reply]], *, row_tokens: int = 4096, anchors: int = 512
+    target: Target, drafter: Drafter, texts: list[tuple[Prompt, Reply]], *, row_tokens: int = 4096, anchors: int = 128
 ) -> Iterator[Replayed]:
     """Drafts at every position of each reply; texts are grouped by length into padded rows.
 
