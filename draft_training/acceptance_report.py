@@ -63,6 +63,7 @@ class Summary:
     same: dict[str, Same] = field(default_factory=dict)
     gap: dict[str, Comparison] = field(default_factory=dict)
     sweep: dict[int, dict[str, Table]] = field(default_factory=dict)
+    sweep_change: dict[int, Comparison] = field(default_factory=dict)
     comparisons: list[Comparison] = field(default_factory=list)
     controls: dict[str, Figures] = field(default_factory=dict)
     latency: dict[str, Latency | None] = field(default_factory=dict)
@@ -89,6 +90,9 @@ def summarise(found: Found) -> Summary:
         done.sweep[window] = {"served": table(arm.served[0.0], boot)} if 0.0 in arm.served else {}
         if arm.forced is not None:
             done.sweep[window]["teacher-forced"] = table(arm.forced, boot)
+            own = found.arms["drafter"].forced
+            assert own is not None, "the same kind of drafter"
+            done.sweep_change[window] = compare(f"window {window} - the folder's", arm.forced, own, boot)
     done.comparisons = list(comparisons(found))
     for name, log in found.controls.items():
         some = Bootstrap(boot.domains[: len(log)], len(boot.weight))
@@ -151,6 +155,7 @@ def as_json(done: Summary) -> dict[str, Any]:
         "same_text": {a: asdict(s) for a, s in done.same.items()},
         "served_minus_teacher_forced": {a: comparison_json(c) for a, c in done.gap.items()},
         "window_sweep": {str(w): {k: tables(x) for k, x in found.items()} for w, found in done.sweep.items()},
+        "window_sweep_change": {str(w): comparison_json(c) for w, c in done.sweep_change.items()},
         "comparisons": [comparison_json(c) for c in done.comparisons],
         "controls": {n: figures_json(f) for n, f in done.controls.items()},
         "latency": {n: asdict(x) if x else None for n, x in done.latency.items()},

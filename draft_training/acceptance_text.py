@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from draft_training.distribution import ALPHA, BIAS, Distribution
-from draft_training.estimators import RECALL, Estimate, Figures
+from draft_training.estimators import INCONCLUSIVE, RECALL, Figures
 from draft_training.latency import Latency
 
 if TYPE_CHECKING:
@@ -13,21 +13,20 @@ if TYPE_CHECKING:
 
 POOLED = "all"
 DEFINITIONS = """A round is one draft and one verification; tokens a round (tau) = accepted drafts + 1, the bonus token
-included. The last round is cut to the tokens emitted; the first token of a reply comes from reading the prompt and belongs to no
-round. tau pooled = all tokens committed / all rounds; tau per request = mean over requests of the request's own mean.
-Positions behind a cut count as not accepted among all rounds, and not at all where those before them are asked for.
-Intervals: 95 %, bootstrap over prompts within domains."""
+included. The last round is cut to the tokens emitted; the first token of a reply comes from reading the prompt and
+belongs to no round. tau pooled = all tokens committed / all rounds; tau per request = mean over requests of the
+request's own mean. Positions behind a cut count as not accepted among all rounds, and not at all where those before
+them are asked for. Intervals: 95 %, bootstrap over prompts within domains."""
 CONFORMANCE = (
     "1 context < anchor, 2 slot k is anchor + k, 3 taps, 5 anchor embedding at slot 0, 7 theta and rotary, "
     "9 window at W - 1, W, W + 1, 11 prefill features = incremental features"
 )
-NOTHING = "inconclusive"
 
 
 def report_text(done: Summary) -> str:
     parts = [setup_text(done.setup), DEFINITIONS]
     if not done.conclusive:
-        parts.append(f"{NOTHING}: there is no round; raise sampling.max_new_tokens or choose other prompts")
+        parts.append(f"{INCONCLUSIVE}: there is no round; raise sampling.max_new_tokens or choose other prompts")
     parts += [tau_text(name, done) for name in done.served]
     parts += [position_text(done), context_text(done), recall_text(done), sweep_text(done)]
     parts += [comparison_text(c) for c in done.comparisons]
@@ -52,10 +51,6 @@ def setup_text(setup: dict[str, Any]) -> str:
     )
 
 
-def shown(e: Estimate, rounds: int) -> str:
-    return str(e) if rounds else NOTHING
-
-
 def tau_text(name: str, done: Summary) -> str:
     """One arm: tau of every domain served and teacher-forced, and the gap between them."""
     rows = {f"served, temperature {t:g}": table for t, table in done.served[name].items()}
@@ -68,7 +63,7 @@ def tau_text(name: str, done: Summary) -> str:
         for place, (domain, f) in enumerate(table.items()):
             lines.append(
                 f"{title if place == 0 else '':30}{domain:12}{f.prompts:>8,}{f.rounds:>9,}{f.cut:>6,}  "
-                f"{shown(f.tau_pooled, f.rounds):24}{shown(f.tau_request, f.rounds):24}"
+                f"{f.tau_pooled!s:24}{f.tau_request!s:24}"
             )
     if name not in done.forced:
         lines.append("teacher-forced: this kind of drafter cannot be replayed")
@@ -108,7 +103,7 @@ def position_text(done: Summary) -> str:
             continue
         lines = [f"{'acceptance, ' + title:42}{'of all rounds':24}{'where those before it were':24}"]
         for k, (plain, given) in enumerate(zip(f.position, f.conditional, strict=True), 1):
-            lines.append(f"{'position ' + str(k):42}{plain!s:24}{str(given) if given.value == given.value else '-'}")
+            lines.append(f"{'position ' + str(k):42}{plain!s:24}{given if given.value == given.value else '-'}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
@@ -141,8 +136,13 @@ def sweep_text(done: Summary) -> str:
     lines = ["the same weights with another window:"]
     for window, tables in done.sweep.items():
         for kind, table in tables.items():
-            cells = "  ".join(f"{d} {shown(f.tau_pooled, f.rounds)}" for d, f in table.items())
+            cells = "  ".join(f"{d} {f.tau_pooled}" for d, f in table.items())
             lines.append(f"  W={window:<7}{kind:16}tau pooled: {cells}")
+        change = done.sweep_change.get(window)
+        if change:
+            lines.append(
+                f"  {'':9}less the folder's own window: {change.by_domain[POOLED].tau_pooled}, teacher-forced, paired"
+            )
     return "\n".join(lines)
 
 
@@ -160,7 +160,7 @@ def controls_text(done: Summary) -> str:
 
 
 def control_line(name: str, f: Figures) -> str:
-    return f"  {name:18}tau pooled {shown(f.tau_pooled, f.rounds)}, {f.rounds:,} rounds, {f.cut} cut"
+    return f"  {name:18}tau pooled {f.tau_pooled}, {f.rounds:,} rounds, {f.cut} cut"
 
 
 def latency_text(found: dict[str, Latency | None]) -> str:
@@ -170,7 +170,7 @@ def latency_text(found: dict[str, Latency | None]) -> str:
     plain = found.get("plain")
     for name, x in found.items():
         if x is None:
-            lines.append(f"  {name:16}{NOTHING}: no round")
+            lines.append(f"  {name:16}{INCONCLUSIVE}: no round")
             continue
         ratio = f", {x.tokens_s / plain.tokens_s:.2f}x plain decoding" if plain and name != "plain" else ""
         lines.append(

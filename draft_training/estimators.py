@@ -22,6 +22,7 @@ from core.errors import DataError
 from core.generate.rounds import Round
 
 Rounds = dict[str, list[Round]]  # by request, in the order of the prompts; a request without rounds has an empty list
+INCONCLUSIVE = "inconclusive"  # nothing was counted
 RECALL = (1, 2, 4, 8, 16)
 FIRST_BUCKET = 256  # tokens; the next ones double
 
@@ -35,6 +36,8 @@ class Estimate:
     high: float = math.nan
 
     def __str__(self) -> str:
+        if math.isnan(self.value):
+            return INCONCLUSIVE
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     @property
