@@ -80,6 +80,7 @@ def same_text(own: Replies, other: Replies) -> Same:
     for i, reply in own.items():
         there = other[i].ids
         if reply.ids != there:
-            place = next((n for n, (a, b) in enumerate(zip(reply.ids, there, strict=False)) if a != b), len(there))
+            shorter = min(len(reply.ids), len(there))
+            place = next((n for n in range(shorter) if reply.ids[n] != there[n]), shorter)
             parted.append((i, place))
     return Same(len(own) - len(parted), len(own), tuple(parted[:8]))

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from core.config import entry, load
 from core.errors import ConfigError, DataError
 from core.generate.decode import PlainGenerator
-from core.generate.interface import Prompt
+from core.generate.interface import Prompt, Reply
 from core.generate.rounds import Round, read_rounds
 from core.generate.sampling import Sampling
 from core.generate.target import Target
@@ -34,9 +34,10 @@ from draft_training.distribution import (
     tally,
 )
 from draft_training.drafters import dflash, open_drafter, pairs_of
-from draft_training.estimators import Bootstrap, difference, figures, kept, pooled
-from draft_training.latency import latency
+from draft_training.estimators import Bootstrap, difference, figures, is_cut, kept, pooled
+from draft_training.latency import Clock, TimedProposer, TimedTarget, latency
 from draft_training.measure import decode, log_of, plain_text, same_text, served, teacher_forced
+from draft_training.replay import Replayed, rounds_along
 
 VOCABULARY = 100
 
@@ -74,7 +75,7 @@ def a_round(accepted: int, committed: int | None = None, context: int = 10, hit:
 # estimators
 
 BY_HAND = {  # K = 3. a: 4 + 1 + 2 of 3 rounds, the last one cut; b: 1 of 1; c: nothing
-    "a": [a_round(3, hit=(0, 1, 5)), a_round(0, context=300, hit=(-1, 0, 2)), a_round(3, 2, context=301, hit=(0, 0))],
+    "a": [a_round(3, hit=(0, 1, 5)), a_round(0, context=256, hit=(-1, 0, 2)), a_round(3, 2, context=301, hit=(0, 0))],
     "b": [a_round(0)],
     "c": [],
 }
@@ -229,6 +230,35 @@ def test_controls(model: LlamaForCausalLM, rows: int) -> None:
     assert figures(log(RandomProposer(VOCABULARY, drafts)), boot, None).tau_pooled.value == pytest.approx(1, abs=0.05)
 
 
+@pytest.mark.parametrize("at_eos", [False, True])
+def test_the_text_as_drafts_is_cut_alike_served_and_replayed(model: LlamaForCausalLM, at_eos: bool) -> None:
+    prompts, sampling, drafts = prompts_of(), Sampling(max_new_tokens=18), 4
+    eos = (plain_text(model, prompts, sampling, 3, (), "text")["d/3"].ids[8],) if at_eos else ()
+    text = plain_text(model, prompts, sampling, 3, eos, "text")
+    proposer = OracleProposer(pairs_of(prompts, text), drafts)
+    found = decode(PlainGenerator(Target(model), proposer, rows=3, eos=eos), prompts, sampling, "served")
+    for prompt in prompts:
+        reply, whole = text[prompt.id], [*prompt.ids, *text[prompt.id].ids]
+        padded = [*whole, *[0] * drafts]
+        tokens = [padded[at + 1 : at + 1 + drafts] for at in range(len(prompt.ids), len(whole))]
+        known = torch.tensor(tokens)
+        one = Replayed(prompt.id, whole, len(prompt.ids), known, torch.ones(known.shape), known[..., None])
+        shapes = [
+            [(r.context, kept(r), r.committed, is_cut(r), r.stop) for r in rounds]
+            for rounds in (found[prompt.id].rounds, rounds_along(one, reply.stop))
+        ]
+        assert shapes[0] == shapes[1] and sum(r[2] for r in shapes[0]) == len(reply.ids) - 1
+    assert any(reply.stop == "eos" for reply in text.values()) == at_eos
+    assert any(is_cut(r) for reply in found.values() for r in reply.rounds)
+
+
+def test_same_text_says_where_replies_part() -> None:
+    own = {"a": Reply("a", [1, 2, 3]), "b": Reply("b", [1, 2, 3]), "c": Reply("c", [1, 2])}
+    other = {"a": Reply("a", [1, 2, 3]), "b": Reply("b", [1, 9, 3]), "c": Reply("c", [1, 2, 3])}
+    found = same_text(own, other)
+    assert (found.equal, found.total, dict(found.first)) == (1, 3, {"b": 1, "c": 2})
+
+
 def test_windows_change_the_drafts_and_their_own_is_the_same(model: LlamaForCausalLM) -> None:
     prompts = prompts_of((9, 14, 11, 20))
     opened = dflash("d", drafter_of(window=8), model)
@@ -249,6 +279,14 @@ def test_time_is_split_and_plain_decoding_drafts_nothing(model: LlamaForCausalLM
     plain = latency(model, None, prompts, sampling, ())
     assert plain.draft_ms == 0 and plain.rounds == 14
     assert latency(model, None, prompts, Sampling(max_new_tokens=1), ()) is None
+
+
+def test_reading_the_prompt_is_no_part_of_a_round(model: LlamaForCausalLM) -> None:
+    opened, clock = dflash("d", drafter_of(), model), Clock(torch.device("cpu"))
+    target = TimedTarget(model, opened.taps, clock)
+    generator = PlainGenerator(target, TimedProposer(opened.proposer(target), target, clock), rows=1)
+    rounds = sum(len(r.rounds) for r in generator.generate(prompts_of((3, 7)), Sampling(max_new_tokens=8)))
+    assert clock.calls == {"prefill": 4, "verify": rounds, "draft": 2 * rounds}  # two calls each: target and drafter
 
 
 # the distribution test
