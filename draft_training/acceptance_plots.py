@@ -44,6 +44,12 @@ def bars(axis: Any, x: list[float], found: list[Estimate], **style: Any) -> None
     axis.errorbar([a for a, _ in chosen], [e.value for _, e in chosen], yerr=(below, above), capsize=3, **style)
 
 
+def doubling(axis: Any, values: list[int]) -> None:
+    """A logarithmic axis with the values themselves written at it."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(values, [f"{v:,}" for v in values])
+
+
 def plot_tau(rows: dict[str, Table], path: Path) -> None:
     domains = list(next(iter(rows.values())))
     figure, axis = plt.subplots(figsize=(3 + 1.3 * len(domains), 3.6))
@@ -63,7 +69,9 @@ def plot_position(rows: dict[str, Table], path: Path) -> None:
     for place, (name, table) in enumerate(rows.items()):
         f = table[POOLED]
         for axis, found, title in zip(axes, (f.position, f.conditional), titles, strict=True):
-            x = [float(k) for k in range(1, len(found) + 1)]
+            x = [k + 0.06 * place for k in range(1, len(found) + 1)]  # beside each other where they are equal
+            axis.set_xticks(range(1, len(found) + 1))
+            axis.set_xlim(0.7, len(found) + 0.5)
             bars(axis, x, list(found), fmt="o-", color=COLOURS[place % 6], markersize=3, linewidth=1.2, label=name)
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("position in the block")
@@ -78,7 +86,7 @@ def plot_context(table: Table, path: Path) -> None:
     for place, (domain, f) in enumerate(table.items()):
         x = [float(b) for _, b, _, _ in f.context]
         bars(axis, x, [e for *_, e in f.context], fmt="o-", color=COLOURS[place % 6], markersize=3, label=domain)
-    axis.set_xscale("log", base=2)
+    doubling(axis, [b for _, b, _, _ in table[POOLED].context])
     axis.set_xlabel("tokens before the anchor, below")
     axis.set_ylabel("tokens a round")
     axis.legend(fontsize=7, frameon=False)
@@ -110,7 +118,7 @@ def plot_sweep(done: Summary, path: Path) -> None:
     trained = done.setup["drafter"].get("window")
     if trained:
         axis.axvline(trained, color="0.5", linewidth=0.8, linestyle="--", label=f"the folder's, {trained}")
-    axis.set_xscale("log", base=2)
+    doubling(axis, windows)
     axis.set_xlabel("window W of the drafter (keys, itself included)")
     axis.set_ylabel("tokens a round")
     axis.legend(fontsize=7, frameon=False)
