@@ -24,30 +24,33 @@ class DomainPrompt:
     prompt: Prompt
 
 
-def load_prompts(data: DataConfig, replies: RepliesConfig, tokenizer: Any, seed: int) -> list[DomainPrompt]:
-    """Prompts of every source of `data.train`, in an order fixed by the seed; at most `replies.count` (0: all).
+def load_prompts(
+    data: DataConfig, replies: RepliesConfig, tokenizer: Any, seed: int, validation: bool = False
+) -> list[DomainPrompt]:
+    """Prompts of every source of `data.train` (or `data.val`), in an order fixed by the seed; at most `replies.count`.
 
     Raises:
         DataError: no source has a usable prompt.
     """
-    sources = mixture(data, validation=False)
-    every = [p for source in sources for p in chats(data, source, tokenizer)]
+    sources = mixture(data, validation)
+    every = [p for source in sources for p in chats(data, source, tokenizer, validation)]
     if not every:
-        every = [p for source in sources for p in prefixes(data, source, replies.prompt_tokens, tokenizer)]
+        every = [p for source in sources for p in prefixes(data, source, replies.prompt_tokens, tokenizer, validation)]
     found = [p for p in every if len(p.prompt.ids) <= replies.prompt_tokens]
     long = len(every) - len(found)
     if long:
         print(f"prompts: left out {long:,} longer than replies.prompt_tokens={replies.prompt_tokens}")
     if not found:
-        raise DataError("data.train has no usable prompt; name sources with `messages`, or plain text to continue")
+        where = "data.val" if validation else "data.train"
+        raise DataError(f"{where} has no usable prompt; name sources with `messages`, or plain text to continue")
     random.Random(seed).shuffle(found)
     return found[: replies.count or None]
 
 
-def chats(data: DataConfig, source: Source, tokenizer: Any) -> Iterator[DomainPrompt]:
+def chats(data: DataConfig, source: Source, tokenizer: Any, validation: bool = False) -> Iterator[DomainPrompt]:
     """The conversations of a source; its plain texts are left out."""
     domain = domain_of(source)
-    for number, record in enumerate(read_records(data, source, False)):
+    for number, record in enumerate(read_records(data, source, validation)):
         ids = chat_ids(record, tokenizer) if "messages" in record else []
         if ids:
             yield DomainPrompt(domain, Prompt(f"{domain}/{record.get('id', number)}", ids))
@@ -72,10 +75,12 @@ def chat_ids(record: dict[str, Any], tokenizer: Any) -> list[int]:
     raise DataError(f"prompt {record.get('id', 'without id')}: the chat template refuses it: {failure}")
 
 
-def prefixes(data: DataConfig, source: Source, size: int, tokenizer: Any) -> Iterator[DomainPrompt]:
+def prefixes(
+    data: DataConfig, source: Source, size: int, tokenizer: Any, validation: bool = False
+) -> Iterator[DomainPrompt]:
     """Pieces of `size` tokens from all over each text, every fourth, for the target to continue."""
     domain = domain_of(source)
-    for number, record in enumerate(read_records(data, source, False)):
+    for number, record in enumerate(read_records(data, source, validation)):
         ids = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
         for at in islice(range(0, max(len(ids) - size, 0) + 1, 4 * size), 64):
             if len(ids) > at + 1:
