@@ -22,11 +22,11 @@ from core.models.dflash import Drafter
 from core.models.dflash_config import MODEL_TYPE
 from core.models.dflash_io import PAIRING, load_drafter, read_pairing
 from core.models.fingerprint import fingerprint
-from core.models.ops import EAGER, FLEX
+from core.models.ops import EAGER
 from draft_training.replay import Replayed, replay
 
 Texts = list[tuple[Prompt, Reply]]
-ANCHORS = {"cpu": 64, "cuda": 512}  # blocks of a row and pass: dense masks on a CPU, block-sparse ones on a GPU
+ANCHORS = {"cpu": 64, "cuda": 128}  # blocks of a row and pass
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,11 @@ def dflash(name: str, drafter: Drafter, model: nn.Module, row_tokens: int = 4096
     config = drafter.config
     device = model.get_input_embeddings().weight.device
     DFlashProposer(drafter, Target(model, config.taps))  # refuses a target of another vocabulary, width or depth
-    serving, along = copy.copy(drafter), copy.copy(drafter)  # the same weights; attention as each way's masks need it
-    serving.ops, along.ops = EAGER, FLEX if device.type == "cuda" else EAGER
+    drafter.ops = EAGER  # flex_attention compiles for every shape, and here they all differ
     blocks = anchors or ANCHORS.get(device.type, 64)
 
     def replayed(target: Target, texts: Texts) -> Iterator[Replayed]:
-        return replay(target, along, texts, row_tokens=row_tokens, anchors=blocks)
+        return replay(target, drafter, texts, row_tokens=row_tokens, anchors=blocks)
 
     def windowed(window: int) -> Opened:
         other = copy.copy(drafter)
@@ -111,7 +110,7 @@ def dflash(name: str, drafter: Drafter, model: nn.Module, row_tokens: int = 4096
              "layer_types": list(config.layer_types), "causal": config.causal, "taps": list(config.taps),
              "selector_top_k": config.selector_top_k, "dtype": dtype_name(drafter)}  # fmt: skip
     return Opened(
-        name, config.taps, config.drafts, facts, lambda target: DFlashProposer(serving, target), replayed, windowed
+        name, config.taps, config.drafts, facts, lambda target: DFlashProposer(drafter, target), replayed, windowed
     )
 
 
