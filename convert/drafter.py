@@ -19,7 +19,7 @@ from convert.formats import DRAFTERS
 from convert.formats.drafter import MASK, MASK_FILE, Dialect, Pair, read_mask_file
 from convert.manifest import VERSION, model_hash, versions
 from convert.packer import sha256
-from convert.source import MANIFEST
+from convert.source import MANIFEST, check_manifest
 from core.checkpoint.index import DTYPE_NAMES, INDEX, open_checkpoint, read_json
 from core.checkpoint.writer import replacing, write_text
 from core.errors import CheckpointError, ConfigError, UnsupportedError
@@ -218,6 +218,7 @@ def verify_drafter(folder: Path, manifest: dict[str, Any], origin: Path | None) 
     """(what, found, good) of an exported drafter: tensors against the manifest, its target beside it, its source."""
     if manifest.get("format") not in DRAFTERS:
         raise CheckpointError(f"{folder / MANIFEST}: format {manifest.get('format')!r} is no drafter's")
+    check_manifest(manifest, folder)
     dialect = DRAFTERS[manifest["format"]]
     checkpoint, listed = open_checkpoint(folder), manifest.get("tensors", {})
     keys = {name: dialect.key(name) for name in listed}

@@ -204,9 +204,13 @@ def check_manifest(manifest: dict[str, Any], folder: Path) -> None:
     rule = manifest.get("scale_rule")
     if rule is not None and rule not in [r.value for r in ScaleRule]:
         raise CheckpointError(f"{folder / MANIFEST}: scale_rule={rule!r}; expected even, floor or rceil")
-    tensors = manifest.get("tensors", {})
-    if not isinstance(tensors, dict) or not all(isinstance(t, dict) for t in tensors.values()):
-        raise CheckpointError(f"{folder / MANIFEST}: tensors is no object of objects; it is damaged, export again")
+    for key, kind in {"tensors": dict, "reencoded": str, "carried": str}.items():
+        value = manifest.get(key, {})
+        if not isinstance(value, dict) or not all(isinstance(v, kind) for v in value.values()):
+            raise CheckpointError(
+                f"{folder / MANIFEST}: {key} is no object of {'objects' if kind is dict else 'hashes'}; it is damaged, "
+                "export again"
+            )
 
 
 def canonical(
