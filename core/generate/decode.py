@@ -93,10 +93,11 @@ class PlainGenerator:
         verdict = self.verify(draft, logits, sampling, noise)
         if self.proposer:
             self.proposer.extend(ids, features, position, used)
+        self.record(wave, draft, logits, verdict, sampling)
+        # a row that ended stays where it was: further on, its drafts would leave the cache
         alive = torch.tensor(wave.alive, device=ids.device)
         wave.position_R = torch.where(alive, wave.position_R + verdict.accepted + 1, wave.position_R)
         wave.anchor_R = verdict.token
-        self.record(wave, draft, logits, verdict, sampling)
 
     def verify(self, draft: Draft | None, logits: Tensor, sampling: Sampling, noise: torch.Generator) -> Verdict:
         if draft is None:
@@ -118,7 +119,7 @@ class PlainGenerator:
                 continue
             kept, place = accepted[row], wave.places[row]
             committed = self.emit(wave, row, [*tokens[row][:kept], token[row]], sampling)
-            wave.places[row] = place + kept + 1
+            wave.places[row] += kept + 1 if wave.alive[row] else 0
             if draft is None:
                 continue
             hit = ranks[row][: min(kept + 1, len(tokens[row]))] if ranks else []
@@ -142,7 +143,7 @@ class PlainGenerator:
 
     def finished(self, wave: Wave) -> Iterator[Reply]:
         """Replies that ended since the last call; compacts the wave when half its rows are done."""
-        done = [r for r, reply in enumerate(wave.replies) if not wave.alive[r] and reply.id is not None]
+        done = [r for r, alive in enumerate(wave.alive) if not alive]
         if any(wave.alive) and 2 * len(done) < len(wave.replies):
             return
         yield from (wave.replies[r] for r in done)

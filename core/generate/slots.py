@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.errors import UnsupportedError
+
 
 class SlotCache:
     """Keys and values [R, H, S, D] of every layer; made when a layer first writes."""
@@ -64,7 +66,11 @@ def seen(position_RT: Tensor, used: int, window: int | None) -> Tensor:
 def masks(config: Any, position_RT: Tensor, used: int, dtype: torch.dtype) -> Any:
     """The additive mask that a model with `config` reads: one tensor, or a dict by layer type.
 
-    A sliding window of w is w keys, itself included, as everywhere in transformers.
+    A sliding window of w is w keys, itself included, as everywhere in transformers. Models without layer types
+    (Mistral, Qwen3-MoE) have it in all layers, if they have one.
+
+    Raises:
+        UnsupportedError: a kind of layer that does not attend to all keys or the last w.
     """
 
     def additive(window: int | None) -> Tensor:
@@ -72,6 +78,9 @@ def masks(config: Any, position_RT: Tensor, used: int, dtype: torch.dtype) -> An
         return torch.zeros(near.shape, dtype=dtype, device=near.device).masked_fill_(~near, torch.finfo(dtype).min)
 
     kinds = set(getattr(config, "layer_types", None) or ())
+    other = kinds - {"full_attention", "sliding_attention"}
+    if other:
+        raise UnsupportedError(f"the target has layers of type {min(other)}, which this decoder does not have")
     if kinds <= {"full_attention"}:
-        return additive(None)
+        return additive(None if kinds else getattr(config, "sliding_window", None))
     return {k: additive(None if k == "full_attention" else config.sliding_window) for k in sorted(kinds)}

@@ -23,6 +23,12 @@ from core.models.ops import EAGER, ModelOps, rms_norm
 KeyValue = tuple[Tensor, Tensor]
 
 
+def refuse_half(*dtypes: torch.dtype) -> None:
+    """UnsupportedError for FP16, in which published drafters overflow."""
+    if torch.float16 in dtypes:
+        raise UnsupportedError("the drafter computes in float16, whose range it exceeds; use bfloat16 or float32")
+
+
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -155,7 +161,12 @@ class Drafter(nn.Module):
         return self.hidden_norm(self.fc(features_RTF))
 
     def context(self, features_RTF: Tensor, position_RT: Tensor) -> list[KeyValue]:
-        """Keys and values of every layer for context tokens at their absolute positions."""
+        """Keys and values of every layer for context tokens at their absolute positions.
+
+        Raises:
+            UnsupportedError: FP16, of the drafter or of the target's features.
+        """
+        refuse_half(self.fc.weight.dtype, features_RTF.dtype)
         fused = self.fuse(features_RTF)
         rotary = self.rotary(position_RT, fused.dtype)
         return [layer.key_value(fused, rotary) for layer in self.decoder_layers()]
@@ -173,10 +184,9 @@ class Drafter(nn.Module):
             context: from `context`, for every layer.
             masks: by layer type, what `self.ops.attention` reads; keys are the context's, then the block tokens'.
         Raises:
-            UnsupportedError: FP16, in which published drafters overflow; use BF16 or FP32.
+            UnsupportedError: FP16.
         """
-        if x_RNG.dtype == torch.float16:
-            raise UnsupportedError("the drafter computes in float16, whose range it exceeds; use bfloat16 or float32")
+        refuse_half(x_RNG.dtype)
         rotary = self.rotary(position_RN, x_RNG.dtype)
         for kind, layer, kv in zip(self.config.layer_types, self.layers, context, strict=True):
             x_RNG = layer(x_RNG, rotary, kv, masks[kind], self.ops)

@@ -125,8 +125,9 @@ def from_dict(raw: dict[str, Any], where: str) -> DFlashConfig:
     Raises:
         CheckpointError: another model type, or a missing or unknown key; says which.
     """
-    if raw.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(f"{where}: model_type={raw.get('model_type')!r} is no drafter of ours; convert it first")
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if model_type != MODEL_TYPE:
+        raise CheckpointError(f"{where}: model_type={model_type!r} is no drafter of ours; convert it first")
     known = {f.name for f in fields(DFlashConfig)}
     given = set(raw) - {"model_type"}
     if given != known:

@@ -15,7 +15,7 @@ from torch import nn
 from core.checkpoint.index import open_checkpoint
 from core.checkpoint.writer import replacing, write_text
 from core.errors import CheckpointError
-from core.models.dflash import Drafter
+from core.models.dflash import Drafter, refuse_half
 from core.models.dflash_config import DFlashConfig, from_dict
 
 WEIGHTS, CONFIG, PAIRING = "model.safetensors", "config.json", "drafter.json"
@@ -57,7 +57,13 @@ def read_pairing(folder: Path | str) -> dict[str, Any]:
 def load_drafter(
     folder: Path | str, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> Drafter:
-    """Raises CheckpointError: damaged files, missing or extra tensors, another shape, a near-zero mask embedding."""
+    """A drafter folder in `dtype`.
+
+    Raises:
+        CheckpointError: damaged files, missing or extra tensors, another shape, a near-zero mask embedding.
+        UnsupportedError: FP16.
+    """
+    refuse_half(dtype)
     config, tensors = read_drafter(folder)
     with torch.device("meta"):
         drafter = Drafter(config)

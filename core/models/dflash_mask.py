@@ -60,6 +60,8 @@ def sparse(config: DFlashConfig, kind: str, document_RT: Tensor, anchor_RA: Tens
     begin_Q = torch.arange(query_tiles, device=device) * TILE
     end_Q = (begin_Q + TILE).clamp(max=queries) - 1
     first_RQ, last_RQ = anchor_RA[:, begin_Q // size], anchor_RA[:, end_Q // size]
+    present_R = torch.where(anchor_RA < 0, tokens, anchor_RA).amin(1, keepdim=True)
+    first_RQ = torch.maximum(first_RQ, present_R)  # absent anchors reach nothing
     key_begin = torch.arange(key_tiles, device=device) * TILE
     key_end = key_begin + TILE - 1
     # context: some query's window reaches the tile, and the tile starts before the last anchor
