@@ -133,7 +133,7 @@ def start_run(config: RunConfig, command: str, label: str, resolved: str, seed: 
         return open_run(root, config.resume, rank)
     if config.name and (Path(config.name).name != config.name or config.name in ("latest", "cache")):
         raise ConfigError(f"run.name={config.name!r}: expected a plain folder name, not a path, `latest` or `cache`")
-    folder = root / (config.name or f"{command}-{label}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder = root / (config.name or unused(root, f"{command}-{label}-{time.strftime('%Y%m%d-%H%M%S')}"))
     run = Run(folder, rank)
     if rank != 0:
         return run
@@ -160,6 +160,14 @@ def start_run(config: RunConfig, command: str, label: str, resolved: str, seed: 
     )
     link_latest(root, folder)
     return run
+
+
+def unused(root: Path, name: str) -> str:
+    """`name`, or with a number behind it where a run of the same second has it."""
+    count = 1
+    while (root / (tried := name if count == 1 else f"{name}-{count}")).exists():
+        count += 1
+    return tried
 
 
 def open_run(root: Path, name: str, rank: int = 0) -> Run:
