@@ -22,7 +22,7 @@ def one_line(done: subprocess.CompletedProcess[str], *words: str) -> str:
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith(("qat.train: ", "qat.evaluate: ")), done.stderr
+    assert last.startswith(("qat.train: ", "qat.evaluate: ", "draft_training.")), done.stderr
     for word in words:
         assert word in last, last
     return last
