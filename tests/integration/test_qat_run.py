@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -95,12 +96,19 @@ def test_averages_ship_beside_the_model(cli: Cli, finished: Path) -> None:
 
 
 def test_report_on_demand_and_with_other_settings(finished: Path, cache: Path) -> None:
-    """qat.evaluate gives the run's own numbers again; how it evaluates may change, what the run was may not."""
+    """qat.evaluate gives the run's own numbers again; how it evaluates may change, what the run was may not.
+
+    The numbers of two processes are equal bit for bit as a rule, and once were not (one of nine losses, by 5e-6 of it,
+    BF16 on a busy CPU; ten repetitions did not show it again). Another arm's numbers differ by far more in KL.
+    """
     before = json.loads((finished / "report.json").read_text())
     cli = Cli(finished.parent, cache)
     assert cli("run.resume=whole", "eval.bootstrap=50", module="qat.evaluate").returncode == 0
     again = json.loads((finished / "report.json").read_text())
-    assert again["arms"] == before["arms"]
+    for arm, domains in before["arms"].items():
+        for domain, values in domains.items():
+            assert again["arms"][arm][domain] == pytest.approx(values, rel=1e-4), (arm, domain)
+    assert again["arms"].keys() == before["arms"].keys()
     refused = cli("run.resume=whole", "data.eval_rows=3", module="qat.evaluate")
     assert refused.returncode == 2 and "data.eval_rows=3 differs from the run" in refused.stderr
 
