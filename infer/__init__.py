@@ -1,0 +1,1 @@
+"""The runtime: generate, serve and validate what the other pipelines made."""
