@@ -67,6 +67,23 @@ class Checkpoint:
         entry = self.entries[name]
         return read_bytes(entry, 0, entry.nbytes).view(entry.dtype).reshape(entry.shape)
 
+    def read_into(self, name: str, out: Tensor) -> None:
+        """One tensor into `out`: contiguous memory of the CPU with its shape and dtype.
+
+        Raises:
+            CheckpointError: another shape or dtype.
+        """
+        entry = self.entries[name]
+        if tuple(out.shape) != entry.shape or out.dtype.itemsize != entry.dtype.itemsize:
+            raise CheckpointError(
+                f"{name} in {entry.file} is {entry.dtype} {entry.shape}, the model needs {out.dtype} "
+                f"{tuple(out.shape)}; config.json and weights are of different models"
+            )
+        if out.numel():
+            with entry.file.open("rb", buffering=0) as file:
+                file.seek(entry.start)
+                read_exactly(file, out.view(torch.uint8).reshape(-1).numpy().data, entry)
+
     def read_row(self, name: str, row: int) -> Tensor:
         """Index `row` of the first dimension alone, e.g. one expert of a fused tensor."""
         entry = self.entries[name]

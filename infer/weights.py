@@ -1,0 +1,266 @@
+"""From a checkpoint folder to the tensors that a step reads; experts stay packed in MXFP4.
+
+The folder is read by the same strict plan as everywhere (core.checkpoint): every key is used, carried, or named in an
+error. Experts that are stored as codes and scales are taken as they are. Experts stored in BF16 whose every value lies
+on the MXFP4 grid (`export --to bf16` of a trained run) are packed without loss; others stay BF16 and run slower.
+
+Legend: E experts, I inner size, G hidden size, N output rows, K reduction dim.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from core.checkpoint.index import open_checkpoint
+from core.checkpoint.keymap import Kind, Recipe
+from core.checkpoint.reader import Reader
+from core.errors import UnsupportedError
+from core.models.build import build_meta, read_config
+from core.models.load import plan_reader
+from core.mxfp4 import BLOCK, Packed
+from infer.geometry import Geometry, LayerSpec, geometry_of
+from infer.shard import Shard, columns_of, packed_columns, packed_rows, padded, rows_of
+from kernels.moe_mxfp4 import DenseWeights, ExpertWeights
+from kernels.mxfp4_snap import decode, encode
+
+READERS = 4  # threads that copy pieces of experts out of the files
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer of one rank. qkv rows: query heads, key heads, value heads."""
+
+    input_norm: Tensor
+    qkv: Tensor
+    out: Tensor
+    post_norm: Tensor
+    qkv_bias: Tensor | None = None
+    out_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    sinks: Tensor | None = None
+    router: Tensor | None = None
+    router_bias: Tensor | None = None  # of the linear map
+    correction: Tensor | None = None  # added for choosing only
+    experts: ExpertWeights | DenseWeights | None = None
+    gate_up: Tensor | None = None  # of a dense layer
+    down: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """embedding [V, G]; head [V / world, G] (the same tensor where they are tied and there is one rank)."""
+
+    embedding: Tensor
+    head: Tensor
+    norm: Tensor
+    layers: tuple[LayerWeights, ...]
+
+    def nbytes(self) -> int:
+        """Bytes of everything, shared tensors once."""
+        found: dict[int, int] = {}
+
+        def add(value: object) -> None:
+            if isinstance(value, Tensor):
+                found[value.data_ptr()] = value.nbytes
+            elif hasattr(value, "__dataclass_fields__"):
+                for name in value.__dataclass_fields__:
+                    add(getattr(value, name))
+
+        for part in (self.embedding, self.head, self.norm, *self.layers):
+            add(part)
+        return sum(found.values())
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Reads tensors of the model by the model's own names."""
+
+    reader: Reader
+    geometry: Geometry
+    shard: Shard
+    dtype: torch.dtype
+    device: torch.device
+
+    def has(self, name: str) -> bool:
+        return name in self.reader.plan.recipes
+
+    def whole(self, name: str) -> Tensor:
+        """A tensor on the CPU, in the runtime's dtype."""
+        out = torch.empty(self.reader.shapes[name], dtype=self.dtype)
+        self.reader.fill(name, out)
+        return out
+
+    def place(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device).contiguous()
+
+    def optional(self, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
+        if not self.has(name):
+            return None
+        out = torch.empty(self.reader.shapes[name], dtype=dtype or self.dtype)
+        self.reader.fill(name, out)
+        return self.place(out)
+
+    def layer(self, index: int, spec: LayerSpec) -> LayerWeights:
+        stem = f"model.layers.{index}"
+        given = self.attention(f"{stem}.self_attn", spec)
+        given |= self.sparse(f"{stem}.mlp") if spec.sparse else self.dense(f"{stem}.mlp")
+        return LayerWeights(
+            input_norm=self.place(self.whole(f"{stem}.input_layernorm.weight")),
+            post_norm=self.place(self.whole(f"{stem}.post_attention_layernorm.weight")),
+            **given,
+        )
+
+    def attention(self, stem: str, spec: LayerSpec) -> dict[str, Tensor | None]:
+        g, shard = self.geometry, self.shard
+        heads, kv = shard.heads(g.heads), shard.kv_heads(spec.kv_heads)
+
+        def cut(name: str, part: slice, dim: int) -> Tensor:
+            return self.whole(name).unflatten(0, (-1, dim))[part].flatten(0, 1)
+
+        def fused(kind: str) -> Tensor:
+            parts = (("q", heads, g.head_dim), ("k", kv, g.head_dim), ("v", kv, g.value_dim))
+            return self.place(torch.cat([cut(f"{stem}.{p}_proj.{kind}", where, dim) for p, where, dim in parts]))
+
+        columns = slice(heads.start * g.value_dim, heads.stop * g.value_dim)
+        sinks = self.optional(f"{stem}.sinks", torch.float32)
+        return {
+            "qkv": fused("weight"),
+            "qkv_bias": fused("bias") if self.has(f"{stem}.q_proj.bias") else None,
+            "q_norm": self.optional(f"{stem}.q_norm.weight"),
+            "k_norm": self.optional(f"{stem}.k_norm.weight"),
+            "sinks": None if sinks is None else sinks[heads].contiguous(),
+            "out": self.place(self.whole(f"{stem}.o_proj.weight")[:, columns]),
+            "out_bias": self.optional(f"{stem}.o_proj.bias") if shard.rank == 0 else None,  # added once
+        }
+
+    def dense(self, stem: str) -> dict[str, Tensor]:
+        gate_up = torch.cat([self.whole(f"{stem}.{p}_proj.weight") for p in ("gate", "up")])
+        return {
+            "gate_up": self.place(rows_of(gate_up, 0, self.shard)),
+            "down": self.place(columns_of(self.whole(f"{stem}.down_proj.weight"), self.shard)),
+        }
+
+    def sparse(self, stem: str) -> dict[str, Tensor | ExpertWeights | DenseWeights | None]:
+        router = f"{stem}.{self.geometry.router}"
+        return {
+            "router": self.place(self.whole(f"{router}.weight")),
+            "router_bias": self.optional(f"{router}.bias"),
+            "correction": self.optional(f"{router}.e_score_correction_bias", torch.float32),
+            "experts": self.experts(f"{stem}.experts"),
+        }
+
+    def experts(self, stem: str) -> ExpertWeights | DenseWeights:
+        gate_up, down = self.expert(f"{stem}.gate_up_proj"), self.expert(f"{stem}.down_proj")
+        if self.geometry.interleaved:
+            gate_up = halves(gate_up)
+        up_bias, down_bias = (self.optional(f"{stem}.{n}_proj_bias") for n in ("gate_up", "down"))
+        if up_bias is not None:
+            up_bias = rows_of(deinterleave(up_bias) if self.geometry.interleaved else up_bias, 1, self.shard)
+        if self.shard.rank:
+            down_bias = None  # added once, by rank 0
+        biases = {"gate_up_bias": up_bias, "down_bias": down_bias}
+        if isinstance(gate_up, Packed) and isinstance(down, Packed):
+            return ExpertWeights(packed_rows(gate_up, self.shard), packed_columns(down, self.shard), **biases)
+        if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+            return DenseWeights(rows_of(gate_up, 1, self.shard), columns_of(down, self.shard), **biases)
+        kinds = [("not " if isinstance(t, Tensor) else "") + "in MXFP4" for t in (gate_up, down)]
+        raise UnsupportedError(
+            f"{stem}: gate_up_proj is {kinds[0]} and down_proj is {kinds[1]}; the runtime runs both or neither"
+        )
+
+    def expert(self, name: str) -> Packed | Tensor:
+        """[E, N, K] as codes and scales, or dense where values are off the grid; on the device."""
+        recipe = self.reader.plan.recipes[name]
+        if self.is_packed(recipe):
+            return self.packed(name, recipe)
+        shape = self.reader.shapes[name]
+        dense = torch.empty(shape, dtype=torch.bfloat16)
+        self.reader.fill(name, dense)
+        if self.geometry.interleaved:  # the family whose files hold [E, K, N]
+            dense = dense.transpose(1, 2)
+        return on_grid(self.place(dense), self.dtype)
+
+    def is_packed(self, recipe: Recipe) -> bool:
+        if recipe.kind is Kind.gpt_oss:
+            return True
+        return all(k in self.reader.plan.scales and self.reader.entry(k).dtype == torch.uint8 for k in recipe.keys)
+
+    def packed(self, name: str, recipe: Recipe) -> Packed:
+        checkpoint, plan = self.reader.checkpoint, self.reader.plan
+        if recipe.kind is Kind.gpt_oss:
+            blocks, scales = (checkpoint.read(key) for key in recipe.keys)
+            packed = Packed(blocks.flatten(-2), scales)
+        else:
+            count, width = len(recipe.keys) // recipe.width, recipe.width
+            _, n, k = self.reader.shapes[name]
+            rows = n // width
+            packed = Packed(
+                torch.empty(count, n, k // 2, dtype=torch.uint8), torch.empty(count, n, k // BLOCK, dtype=torch.uint8)
+            )
+
+            def read(number: int) -> None:
+                key = recipe.keys[number]
+                expert, part = divmod(number, width)
+                where = slice(part * rows, (part + 1) * rows)
+                checkpoint.read_into(self.reader.entry(key).name, packed.codes[expert, where])
+                checkpoint.read_into(plan.scales[key], packed.scales[expert, where])
+
+            with ThreadPoolExecutor(READERS) as pool:
+                list(pool.map(read, range(len(recipe.keys))))
+        return Packed(self.place(packed.codes), self.place(packed.scales))
+
+
+def on_grid(dense: Tensor, dtype: torch.dtype) -> Packed | Tensor:
+    """Codes and scales of BF16 [E, N, K] if they say exactly the same, else `dense` in `dtype`."""
+    if dense.shape[-1] % BLOCK:
+        return dense.to(dtype)
+    codes = torch.empty(*dense.shape[:-1], dense.shape[-1] // 2, dtype=torch.uint8, device=dense.device)
+    scales = torch.empty(*dense.shape[:-1], dense.shape[-1] // BLOCK, dtype=torch.uint8, device=dense.device)
+    for expert, weight in enumerate(dense):
+        packed = encode(weight, backend="reference" if not weight.is_cuda else "auto")
+        if not torch.equal(decode(packed, backend="reference" if not weight.is_cuda else "auto"), weight):
+            return dense.to(dtype)
+        codes[expert], scales[expert] = packed.codes, packed.scales
+    return Packed(codes, scales)
+
+
+def deinterleave(tensor: Tensor) -> Tensor:
+    """Rows gate, up, gate, up, ... of dim 1 -> all gate rows, then all up rows."""
+    return torch.cat((tensor[:, ::2], tensor[:, 1::2]), dim=1).contiguous()
+
+
+def halves(weight: Packed | Tensor) -> Packed | Tensor:
+    if isinstance(weight, Packed):
+        return Packed(deinterleave(weight.codes), deinterleave(weight.scales))
+    return deinterleave(weight)
+
+
+def load_weights(
+    folder: Path | str, *, dtype: torch.dtype, device: torch.device, shard: Shard
+) -> tuple[Weights, Geometry, PreTrainedConfig]:
+    """What rank `shard.rank` holds of the model in `folder`.
+
+    Raises:
+        CheckpointError: missing, incomplete or damaged files. UnsupportedError: a family the runtime does not have.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    geometry = geometry_of(config)
+    shard.check(geometry)
+    checkpoint = open_checkpoint(folder)
+    reader = plan_reader(build_meta(config), checkpoint, checkpoint.config.get("model_type", config.model_type))
+    loader = Loader(reader, geometry, shard, dtype, device)
+    embedding = loader.place(loader.whole("model.embed_tokens.weight"))
+    first, last, width = shard.vocabulary(geometry.vocab_size)
+    if loader.has("lm_head.weight"):
+        head = loader.place(padded(loader.whole("lm_head.weight")[first:last], 0, width))
+    else:
+        head = embedding if shard.world == 1 else padded(embedding[first:last], 0, width)
+    layers = tuple(loader.layer(i, spec) for i, spec in enumerate(geometry.layers))
+    norm = loader.place(loader.whole("model.norm.weight"))
+    return Weights(embedding, head, norm, layers), geometry, config
