@@ -1,0 +1,330 @@
+"""MXFP4 experts in Triton: weights go from memory to tensor cores through registers, in four launches.
+
+    prepare (route, and put x in the weights' order) -> gate_up (product, bias, activation) -> down -> combine (slots)
+
+Decode is bound by the bytes of the experts that are hit. So a program reads 128 contiguous bytes of codes of each of
+its rows a step (STEP = 256 weights), several steps ahead (cp.async), and spends about 3.6 instructions a weight and
+lane; an H200 has about 6 of them at 55 % of its copy rate.
+
+**Unpacking.** A 32-bit word has codes 0..7, code 0 lowest. Shifted left by 12 - 4j, codes j and j + 4 stand at the top
+of its 16-bit halves as s e e m; `(t & 0x8000) | (t & 0x7000) >> 6` are BF16 bits of value * 2^-126 (0.5 is a
+subnormal). So a few integer operations and one multiplication unpack two codes, and the multiplier
+2^126 * 2^(b - 127) = 2^(b - 1) puts the block's scale in as well, exactly. It is a BF16 number up to scale byte
+b = 128; a program that meets a larger byte starts again and multiplies twice (2^126, then 2^(b - 127)): the same exact
+weights, so the same bits.
+
+**Order of K.** Codes j and j + 4 are neighbours in a register, so K is permuted: element 8w + j + 4h of a step is
+at 64j + 2w + h. x is stored in this order once (`prepare`; gate_up writes h in it for down), and four products of 64
+follow, one a j.
+
+**Batch invariance.** Weights are the left operand, tokens are columns, and a column of m16n8k16 knows nothing of the
+others. STEP, the order of the products and the instruction are the same for every tile (a test compares the compiled
+layouts), a pair's sum is whole in one program, and slots are added in order: no atomics, no split of K.
+
+**No wgmma.** Two warps a program, so mma.sync is chosen: its register operands are safe with every ptxas, those of
+wgmma are not before 13.3.
+
+Legend: R rows of weights of a tile, P its pairs, W words of a step (32), Q blocks of a step (8), S = T k pairs,
+G items.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.moe_mxfp4.prepare import BLOCK_K, ROUTED, padded, place, prepare, prepare_kernel
+from kernels.moe_mxfp4.routing import Table
+from kernels.moe_mxfp4.weights import Activation, ExpertWeights
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000 as int32
+MAGNITUDES = tl.constexpr(0x70007000)
+FOLDED = tl.constexpr(128)  # the largest scale byte that one BF16 multiplication can put in
+COMBINED = 512  # columns a program of `combine`
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch shape of the products: weight rows and pairs of a program, its warps and steps in flight."""
+
+    rows: int = 64
+    pairs: int = 8
+    num_warps: int = 2  # no multiple of 4: see the head of the file
+    num_stages: int = 4
+
+
+DECODE = Tile()
+PREFILL = Tile(pairs=32, num_stages=3)
+
+
+@triton.jit
+def bf16(bits):
+    """The number whose BF16 bits are the low half of an int32. (The interpreter has no BF16 arithmetic: FP32 there.)"""
+    return (bits << 16).to(tl.float32, bitcast=True) if INTERPRETED else bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def rounded(value):
+    """FP32 to BF16, to nearest even. (The interpreter's cast truncates; there the carry is added by hand.)"""
+    if INTERPRETED:
+        bits = value.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        value = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        value = value.to(tl.bfloat16)
+    return value
+
+
+@triton.jit
+def unpack(word_RW, small_RW, large_RW, J: tl.constexpr, WIDE: tl.constexpr):
+    """Weights [R, 2W] of codes J and J + 4 of each word. The odd half first: ptxas then fuses the pair."""
+    top_RW = word_RW << (12 - 4 * J)
+    bits_RW = (top_RW & SIGNS) | ((top_RW & MAGNITUDES) >> 6)
+    odd_RW = bf16(bits_RW >> 16) * small_RW
+    even_RW = bf16(bits_RW) * small_RW
+    if WIDE:
+        odd_RW *= large_RW
+        even_RW *= large_RW
+    return tl.reshape(tl.join(even_RW, odd_RW), (word_RW.shape[0], word_RW.shape[1] * 2))
+
+
+@triton.jit
+def spread(factor_RQ):
+    """[R, Q] -> [R, W]: a block of 32 is four words."""
+    R: tl.constexpr = factor_RQ.shape[0]
+    Q: tl.constexpr = factor_RQ.shape[1]
+    return tl.reshape(tl.broadcast_to(factor_RQ[:, :, None], (R, Q, 4)), (R, Q * 4))
+
+
+@triton.jit
+def multiply(x_P1, words_R1, scales_R1, K: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+             WIDE: tl.constexpr):  # fmt: skip
+    """FP32 [R, P] = weights times x, and the largest scale byte of each lane; arguments point at starts of rows."""
+    R: tl.constexpr = words_R1.shape[0]
+    P: tl.constexpr = x_P1.shape[0]
+    W: tl.constexpr = STEP // 8
+    Q: tl.constexpr = STEP // 32
+    word_W, block_Q = tl.arange(0, W)[None, :], tl.arange(0, Q)[None, :]
+    quarter_C = tl.arange(0, STEP // 4)[None, :]
+    acc_RP = tl.zeros((R, P), tl.float32)
+    largest_RQ = tl.zeros((R, Q), tl.int32)
+    for step in tl.range(0, (K + STEP - 1) // STEP, num_stages=STAGES):
+        if K % STEP == 0:
+            word_RW = tl.load(words_R1 + step * W + word_W)
+            byte_RQ = tl.load(scales_R1 + step * Q + block_Q).to(tl.int32)
+        else:
+            word_RW = tl.load(words_R1 + step * W + word_W, mask=word_W < K // 8 - step * W, other=0)
+            byte_RQ = tl.load(scales_R1 + step * Q + block_Q, mask=block_Q < K // 32 - step * Q, other=0).to(tl.int32)
+        largest_RQ = tl.maximum(largest_RQ, byte_RQ)
+        if WIDE:
+            large_RW = spread(bf16(tl.where(byte_RQ == 0, 0x40, byte_RQ << 7)))  # 2^(byte - 127)
+            small_RW = bf16(tl.full((R, W), 253 << 7, tl.int32))  # 2^126
+        else:
+            small_RW = spread(bf16((byte_RQ + 126) << 7))  # 2^(byte - 1)
+            large_RW = small_RW
+        for j in tl.static_range(4):
+            x_PC = x_P1 + step * STEP + j * (STEP // 4) + quarter_C
+            if K % STEP == 0:
+                x_PC = tl.load(x_PC)
+            else:
+                x_PC = tl.load(x_PC, mask=quarter_C < K // 4 - step * (STEP // 4), other=0.0)
+            w_RC = unpack(word_RW, small_RW, large_RW, j, WIDE)
+            acc_RP = tl.dot(w_RC, tl.trans(x_PC).to(w_RC.dtype), acc_RP)
+    return acc_RP, largest_RQ
+
+
+@triton.jit
+def product(x_P, codes, scales, row_R, K: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr):
+    """multiply, again in the wide form where a scale byte does not fit the narrow one."""
+    x_P1, words_R1 = x_P[:, None], (codes + row_R * (K // 8))[:, None]
+    scales_R1 = (scales + row_R * (K // 32))[:, None]
+    acc_RP, largest_RQ = multiply(x_P1, words_R1, scales_R1, K, STEP, STAGES, False)
+    if tl.max(largest_RQ) > FOLDED:
+        acc_RP, _ = multiply(x_P1, words_R1, scales_R1, K, STEP, 1, True)
+    return acc_RP
+
+
+@triton.jit
+def pairs_of(order, start, number, P: tl.constexpr):
+    """An item's pairs (pair 0 where there are fewer than P, so that loads stay inside) and which are there."""
+    slot_P = tl.arange(0, P)
+    here_P = slot_P < number
+    return tl.load(order + start + slot_P, mask=here_P, other=0).to(tl.int64), here_P
+
+
+@triton.jit
+def gate_up_kernel(x, codes, scales, bias, out, order, expert, first, count, alpha, limit, HIDDEN: tl.constexpr,
+                   WIDTH: tl.constexpr, X_ROW: tl.constexpr, OUT_ROW: tl.constexpr, SLOTS: tl.constexpr,
+                   CLAMPED: tl.constexpr, PLACED: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+                   STEP: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """out[pair] = act(gate, up) for R/2 of the columns; rows alternate gate and up, so that both meet here."""
+    item = tl.program_id(0)
+    e, start, number = tl.load(expert + item).to(tl.int64), tl.load(first + item), tl.load(count + item)
+    if e < 0:
+        return
+    pair_P, here_P = pairs_of(order, start, number, P)
+    row_R = tl.program_id(1) * (R // 2) + tl.arange(0, R) // 2
+    row_R = tl.minimum(row_R, WIDTH - 1) + (tl.arange(0, R) % 2) * WIDTH + e * (2 * WIDTH)
+
+    acc_RP = product(x + pair_P // SLOTS * X_ROW, codes, scales, row_R, HIDDEN, STEP, STAGES)
+    if bias is not None:
+        acc_RP += tl.load(bias + row_R).to(tl.float32)[:, None]
+    gate_CP, up_CP = tl.split(tl.permute(tl.reshape(acc_RP, (R // 2, 2, P)), (0, 2, 1)))
+    if CLAMPED:
+        gate_CP = tl.minimum(gate_CP, limit)
+        up_CP = tl.minimum(tl.maximum(up_CP, -limit), limit)
+        h_CP = gate_CP * tl.sigmoid(alpha * gate_CP) * (up_CP + 1.0)
+    else:
+        h_CP = gate_CP * tl.sigmoid(gate_CP) * up_CP
+
+    column_C = tl.program_id(1) * (R // 2) + tl.arange(0, R // 2)
+    at_C = place(column_C, STEP) if PLACED else column_C
+    out_CP = out + pair_P[None, :] * OUT_ROW + at_C[:, None]
+    tl.store(out_CP, rounded(h_CP), mask=here_P[None, :] & (column_C < WIDTH)[:, None])
+
+
+@triton.jit
+def down_kernel(h, codes, scales, bias, weight, out, order, expert, first, count, HIDDEN: tl.constexpr,
+                WIDTH: tl.constexpr, H_ROW: tl.constexpr, R: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr,
+                STAGES: tl.constexpr):  # fmt: skip
+    """out[pair] = weight[pair] * (down h[pair] + bias) in FP32, for R of the columns."""
+    item = tl.program_id(0)
+    e, start, number = tl.load(expert + item).to(tl.int64), tl.load(first + item), tl.load(count + item)
+    if e < 0:
+        return
+    pair_P, here_P = pairs_of(order, start, number, P)
+    column_R = tl.program_id(1) * R + tl.arange(0, R)
+    row_R = tl.minimum(column_R, HIDDEN - 1) + e * HIDDEN
+
+    acc_RP = product(h + pair_P * H_ROW, codes, scales, row_R, WIDTH, STEP, STAGES)
+    if bias is not None:
+        acc_RP += tl.load(bias + row_R).to(tl.float32)[:, None]
+    acc_RP *= tl.load(weight + pair_P)[None, :]
+    out_RP = out + pair_P[None, :] * HIDDEN + column_R[:, None]
+    tl.store(out_RP, acc_RP, mask=here_P[None, :] & (column_R < HIDDEN)[:, None])
+
+
+@triton.jit
+def combine_kernel(part, chosen, out, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr):
+    """out[token] = the sum of its slots in order; a slot with a negative id was never written and is not read."""
+    token = tl.program_id(0).to(tl.int64)
+    column_C = tl.program_id(1) * C + tl.arange(0, C)
+    total_C = tl.zeros((C,), tl.float32)
+    for slot in tl.static_range(SLOTS):
+        here = tl.load(chosen + token * SLOTS + slot) >= 0
+        part_C = part + (token * SLOTS + slot) * HIDDEN + column_C
+        total_C += tl.load(part_C, mask=here & (column_C < HIDDEN), other=0.0)
+    tl.store(out + token * HIDDEN + column_C, rounded(total_C), mask=column_C < HIDDEN)
+
+
+def tile_for(pairs: int, experts: int) -> Tile:
+    """Narrow tiles while an expert has few pairs; every tile gives the same bits."""
+    return DECODE if pairs <= 4 * experts else PREFILL
+
+
+def first_half(x: Tensor, weights: ExpertWeights, table: Table, slots: int, activation: Activation, tile: Tile,
+               out: Tensor, placed: bool) -> None:  # fmt: skip
+    """Write h of every pair of `table` into `out` [S, ...], in the weights' order if `placed`."""
+    columns = tile.rows // 2
+    gate_up_kernel[(len(table.expert), triton.cdiv(weights.intermediate, columns))](
+        x, weights.gate_up.codes.view(torch.int32), weights.gate_up.scales, weights.gate_up_bias, out,
+        table.order, table.expert, table.first, table.count, activation.alpha, activation.limit,
+        HIDDEN=weights.hidden, WIDTH=weights.intermediate, X_ROW=x.shape[-1], OUT_ROW=out.shape[-1], SLOTS=slots,
+        CLAMPED=activation.kind == "clamped", PLACED=placed, **tile_options(tile),
+    )  # fmt: skip
+
+
+def second_half(h: Tensor, weights: ExpertWeights, table: Table, chosen: Tensor, weight: Tensor, tile: Tile) -> Tensor:
+    """[T, H] from h [S, ...] in the weights' order."""
+    tokens, slots = chosen.shape
+    part = torch.empty(tokens * slots, weights.hidden, dtype=torch.float32, device=h.device)
+    down_kernel[(len(table.expert), triton.cdiv(weights.hidden, tile.rows))](
+        h, weights.down.codes.view(torch.int32), weights.down.scales, weights.down_bias, weight, part,
+        table.order, table.expert, table.first, table.count,
+        HIDDEN=weights.hidden, WIDTH=weights.intermediate, H_ROW=h.shape[-1], **tile_options(tile),
+    )  # fmt: skip
+    out = torch.empty(tokens, weights.hidden, dtype=h.dtype, device=h.device)
+    combine_kernel[(tokens, triton.cdiv(weights.hidden, COMBINED))](
+        part, chosen, out, SLOTS=slots, HIDDEN=weights.hidden, C=COMBINED, num_warps=4
+    )
+    return out
+
+
+def tile_options(tile: Tile) -> dict[str, int]:
+    return {"R": tile.rows, "P": tile.pairs, "STEP": BLOCK_K, "STAGES": tile.num_stages, "num_warps": tile.num_warps}
+
+
+def gate_up(
+    x: Tensor, weights: ExpertWeights, chosen: Tensor, activation: Activation, tile: Tile | None = None
+) -> Tensor:
+    out = torch.zeros(*chosen.shape, weights.intermediate, dtype=x.dtype, device=x.device)
+    if chosen.numel() == 0:
+        return out
+    tile = tile or tile_for(chosen.numel(), weights.experts)
+    with torch.cuda.device_of(x):
+        placed, table = prepare(x, chosen, weights.experts, tile.pairs)
+        first_half(placed, weights, table, chosen.shape[1], activation, tile, out.flatten(0, 1), placed=False)
+    return out
+
+
+def down(h: Tensor, weights: ExpertWeights, chosen: Tensor, weight: Tensor, tile: Tile | None = None) -> Tensor:
+    if chosen.numel() == 0:
+        return torch.zeros(len(h), weights.hidden, dtype=h.dtype, device=h.device)
+    tile = tile or tile_for(chosen.numel(), weights.experts)
+    with torch.cuda.device_of(h):
+        placed, table = prepare(h.flatten(0, 1), chosen, weights.experts, tile.pairs)
+        return second_half(placed, weights, table, chosen, weight, tile)
+
+
+def experts(x: Tensor, weights: ExpertWeights, chosen: Tensor, weight: Tensor, activation: Activation,
+            tile: Tile | None = None) -> Tensor:  # fmt: skip
+    if chosen.numel() == 0:
+        return torch.zeros_like(x)
+    tile = tile or tile_for(chosen.numel(), weights.experts)
+    with torch.cuda.device_of(x):
+        placed, table = prepare(x, chosen, weights.experts, tile.pairs)
+        h = torch.empty(chosen.numel(), padded(weights.intermediate), dtype=x.dtype, device=x.device)
+        first_half(placed, weights, table, chosen.shape[1], activation, tile, h, placed=True)
+        return second_half(h, weights, table, chosen, weight, tile)
+
+
+def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, function, signature, constants, options) as used on Hopper: MiMo-V2.5-Pro's rank of eight and gpt-oss."""
+    table = dict.fromkeys(("order", "expert", "first", "count"), "*i32")
+    packed = {"codes": "*i32", "scales": "*u8"}
+    first = {"x": "*bf16", **packed, "bias": "*bf16", "out": "*bf16", **table, "alpha": "fp32", "limit": "fp32"}
+    second = {"h": "*bf16", **packed, "bias": "*bf16", "weight": "*fp32", "out": "*fp32", **table}
+    prepared = {"x": "*bf16", "out": "*bf16", "chosen": "*i32", **table, "S": "i32", "G": "i32"}
+    added = {"part": "*fp32", "chosen": "*i32", "out": "*bf16"}
+    cases = []
+
+    def add(name: str, function: Any, signature: dict[str, str], constants: dict[str, Any], warps: int) -> None:
+        cases.append(
+            (name, function, signature | dict.fromkeys(constants, "constexpr"), constants, {"num_warps": warps})
+        )
+
+    for model, hidden, width, clamped in (("mimo_v2_5_pro rank", 6144, 256, False), ("gpt_oss_120b", 2880, 2880, True)):
+        bias = {} if clamped else {"bias": None}
+        for tile in (DECODE, PREFILL):
+            common = {"HIDDEN": hidden, "WIDTH": width} | tile_options(tile)
+            del common["num_warps"]
+            rows = {"X_ROW": padded(hidden), "OUT_ROW": padded(width), "SLOTS": 8, "CLAMPED": clamped, "PLACED": True}
+            name = f"{model}, {tile.pairs} pairs"
+            add(f"gate_up {name}", gate_up_kernel, first, common | rows | bias, tile.num_warps)
+            add(f"down {name}", down_kernel, second, common | {"H_ROW": padded(width)} | bias, tile.num_warps)
+        sizes = {
+            "K": hidden,
+            "OUT_ROW": padded(hidden),
+            "STEP": BLOCK_K,
+            "TILE": DECODE.pairs,
+            "S_PAD": ROUTED,
+            "CHUNK": 32,
+        }
+        add(f"prepare {model}", prepare_kernel, prepared, sizes, 4)
+        add(f"combine {model}", combine_kernel, added, {"SLOTS": 8, "HIDDEN": hidden, "C": COMBINED}, 4)
+    return cases
