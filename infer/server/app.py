@@ -179,4 +179,8 @@ class Server:
         return web.Response(body=self.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     async def version(self, _: web.Request) -> web.Response:
-        return web.json_response({"version": metadata.version("fp4flash")})
+        try:
+            found = metadata.version("fp4flash")
+        except metadata.PackageNotFoundError:
+            found = "a checkout that is not installed"
+        return web.json_response({"version": found})

@@ -197,7 +197,7 @@ def include_usage(fields: Fields, stream: bool) -> bool:
 def read_stop(fields: Fields) -> tuple[str, ...]:
     fields.seen.add("stop")
     given = fields.body.get("stop")
-    stops = [given] if isinstance(given, str) else given or []
+    stops = [given] if isinstance(given, str) else [] if given is None else given
     if not isinstance(stops, list) or not all(isinstance(s, str) for s in stops):
         raise bad(f"stop={short(given)}: expected a string or a list of strings", "stop")
     if len(stops) > MAX_STOPS or any(not 1 <= len(s) <= MAX_STOP_LENGTH for s in stops):
