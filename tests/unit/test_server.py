@@ -222,6 +222,9 @@ def samples(served: Served) -> dict[str, float]:
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
+            if family.name.startswith("process_"):
+                continue
+            assert sample.name.startswith("fp4flash:")
             assert sample.labels["model_name"] == "tiny"
             rest = ",".join(v for k, v in sample.labels.items() if k != "model_name")
             found[f"{sample.name.removeprefix('fp4flash:')}{rest and '/' + rest}"] = sample.value
