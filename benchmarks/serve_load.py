@@ -26,25 +26,19 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.common import publish
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-WORDS = [
+WORDS = (
     "the",
     "quick",
     "brown",
     "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
+    "jumps over",
+    "a lazy dog",
     "größer",
     "日本語",
     "🎉",
-    "and",
-    "more",
-    "text",
-    "follows",
-]
+    "and more text,",
+    "follows.\n",
+)
 SETTLING_S = 10.0
 
 

@@ -47,7 +47,7 @@ class FakeEngine:
         self.reports: list[Output] = []
         self.cancelled: list[str] = []
         self.seen: list[Request] = []
-        self.steps = self.prompt = self.made = 0
+        self.steps = self.prompt = self.made = self.polls = 0
 
     def add(self, request: Request) -> None:
         if any(i >= VOCAB for i in request.ids):
@@ -64,6 +64,7 @@ class FakeEngine:
 
     @property
     def busy(self) -> bool:
+        self.polls += 1
         return bool(self.waiting or self.running or self.reports)
 
     def step(self) -> list[Output]:

@@ -1,6 +1,7 @@
 """The server as clients see it: the openai package, raw events, counts, log probabilities, figures."""
 
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,6 +99,8 @@ def test_prompts_of_all_forms_and_several_choices(served: Served, tokenizer: Any
         assert [(c.index, c.text) for c in reply.choices] == [(0, "one"), (1, "one"), (2, "two fox"), (3, "two fox")]
         assert reply.usage.prompt_tokens == sum(map(len, ids))
         assert reply.usage.completion_tokens == 2 * sum(len(i) + 1 for i in ids)
+    shared = served.client.completions.create(model="tiny", prompt=[[5] * 40], n=3).usage
+    assert (shared.prompt_tokens, shared.prompt_tokens_details.cached_tokens) == (40, 32), "a prompt counts once"
     assert served.client.completions.create(model="tiny", prompt=ids[0]).choices[0].text == "one"
     assert [r.params.seed for r in served.engine.seen[:4]] == [7, 8, 7, 8]
     stream = served.client.completions.create(model="tiny", prompt=["one", "two fox"], n=2, stream=True)
@@ -186,6 +189,13 @@ def test_logprobs_of_chat_and_what_a_stop_string_cuts(served: Served) -> None:
     assert [e.model_dump() for e in streamed] == [e.model_dump() for e in entries]
 
 
+def test_a_token_behind_the_cut_has_no_entry(served: Served, tokenizer: Any) -> None:
+    ids = tokenizer(["The", " fox", " dog"])["input_ids"]
+    served.engine.answer = lambda request: [i for word in ids for i in word]
+    found = complete(served, logprobs=0, stop=" fox").choices[0]
+    assert found.text == "The" and len(found.logprobs.tokens) == len(ids[0])
+
+
 def test_the_model_is_named_and_unknown_ones_are_not_found(served: Served) -> None:
     models = served.client.models.list()
     assert [m.id for m in models] == ["tiny", "other"] and models.data[0].model_dump()["max_model_len"] == 512
@@ -231,7 +241,9 @@ def samples(served: Served) -> dict[str, float]:
     return found
 
 
-def test_figures(served: Served, tokenizer: Any) -> None:
+@ROUNDS
+def test_figures(served: Served, tokenizer: Any, per_step: int) -> None:
+    served.engine.per_step = per_step
     before = samples(served)
     assert before["num_requests_running"] == before["request_success_total/stop"] == 0
     ids = count(tokenizer, TEXT)
@@ -247,7 +259,8 @@ def test_figures(served: Served, tokenizer: Any) -> None:
         assert after[f"{name}_seconds_count"] == 3, name
         assert 0 <= after[f"{name}_seconds_sum"] < 20
     assert after["request_prompt_tokens_sum"] == 3 * ids
-    assert after["inter_token_latency_seconds_count"] == after["request_generation_tokens_sum"] - 3
+    first = 3 * per_step  # each request's first round is its time to the first token
+    assert after["inter_token_latency_seconds_count"] == after["request_generation_tokens_sum"] - first
     assert after["spec_decode_num_accepted_tokens_per_pos_total/0"] == after["spec_decode_num_drafts_total"] > 0
     assert after["spec_decode_num_accepted_tokens_per_pos_total/1"] == 1
     assert after["kv_cache_usage_perc"] == 0
@@ -263,12 +276,14 @@ def test_small_endpoints(served: Served) -> None:
     assert status == 405 and "POST" in reply["error"]["message"]
 
 
-def test_an_idle_engine_is_not_stepped(served: Served) -> None:
+def test_an_idle_engine_is_left_alone(served: Served) -> None:
     complete(served)
     eventually(lambda: not served.engine.busy)
-    before = served.engine.steps
+    time.sleep(0.05)
+    before = served.engine.steps, served.engine.polls
     served.ask("/metrics")
-    assert served.engine.steps == before
+    time.sleep(0.05)
+    assert (served.engine.steps, served.engine.polls) == before
 
 
 def test_minus_infinity_is_a_number_in_json(served: Served) -> None:

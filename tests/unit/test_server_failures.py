@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,11 @@ def test_large_bodies(tokenizer: Any) -> None:
     with serving(FakeEngine(tokenizer.eos_token_id), tokenizer, max_body=2000) as served:
         assert served.ask("/v1/completions", {"prompt": "a" * 400})[0] == 200
         refused(served, "/v1/completions", {"prompt": "a" * 2000}, 413, None, "2,000 bytes")
+        announced = HTTPConnection("127.0.0.1", served.port, timeout=5)
+        announced.putrequest("POST", "/v1/completions")
+        announced.putheader("Content-Length", str(10**9))
+        announced.endheaders()
+        assert announced.getresponse().status == 413  # without waiting for it
         chunked = served.open_request("/v1/completions", b"", {"Transfer-Encoding": "chunked"})
         for _ in range(3):
             chunked.send(b"3e8\r\n" + b"a" * 1000 + b"\r\n")  # a length that was not announced
@@ -246,6 +252,13 @@ def test_a_step_that_raises_fails_what_was_in_flight_and_only_that(served: Serve
     assert served.ask("/v1/completions", {"prompt": "a"})[1]["choices"][0]["text"] == "a"
 
 
+def test_steps_that_fail_now_and_then_do_not_kill_the_engine(served: Served) -> None:
+    for _ in range(5):
+        served.engine.broken = 1
+        assert served.ask("/v1/completions", {"prompt": "a"})[0] == 500
+        assert served.ask("/v1/completions", {"prompt": "a"})[0] == 200
+
+
 def test_an_engine_that_keeps_failing_is_dead_and_the_server_says_so(served: Served) -> None:
     served.engine.broken = 100
     served.engine.cancel = lambda request_id: None  # and it forgets nothing
@@ -336,8 +349,6 @@ def started(*words: str) -> tuple[subprocess.Popen[str], int]:
 
 @pytest.mark.parametrize(("grace", "tokens"), [("20", 60), ("0.2", 400)])
 def test_sigterm_ends_the_process_in_order(folder: Path, tokenizer: Any, grace: str, tokens: int) -> None:
-    from http.client import HTTPConnection
-
     process, port = started("--model", str(folder), "--grace", grace)
     connection = HTTPConnection("127.0.0.1", port, timeout=20)
     connection.request("POST", "/v1/completions", json.dumps(ENDLESS | {"max_tokens": tokens, "stream": True}))
@@ -353,8 +364,6 @@ def test_sigterm_ends_the_process_in_order(folder: Path, tokenizer: Any, grace: 
 
 
 def test_a_second_signal_does_not_wait(folder: Path, tokenizer: Any) -> None:
-    from http.client import HTTPConnection
-
     process, port = started("--model", str(folder), "--grace", "60", "--host", "0.0.0.0")
     connection = HTTPConnection("127.0.0.1", port, timeout=20)
     connection.request("POST", "/v1/completions", json.dumps(ENDLESS))

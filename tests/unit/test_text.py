@@ -122,7 +122,7 @@ def test_the_blank_before_the_first_word_depends_on_the_prompt(sentencepiece: An
 def test_a_prompt_that_ends_within_a_character_is_no_context(byte_level: Any) -> None:
     first, *rest = byte_level.convert_tokens_to_ids(list("ðŁİī"))
     text, _ = streamed_loosely(byte_level, [*rest, *byte_level("ok")["input_ids"]], [first])
-    assert text.endswith("ok") and "🎉" not in text
+    assert text == REPLACEMENT * 3 + "ok", "the reply's own bytes, as if decoded alone"
 
 
 def streamed_loosely(tokenizer: Any, ids: list[int], prompt: list[int]) -> tuple[str, int]:
@@ -185,5 +185,6 @@ def test_the_first_complete_stop_wins_however_the_text_is_divided() -> None:
 def test_blanks_are_not_cleaned_up(tmp_path: Path) -> None:
     tokenizer = train_tokenizer(["a , b . c"] * 9, 300, tmp_path / "t")
     tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
     text = "a , b . c 's"
     assert streamed(tokenizer, [[i] for i in tokenizer(text)["input_ids"]], [])[0] == text
