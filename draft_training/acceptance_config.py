@@ -21,6 +21,7 @@ class TargetsConfig(TargetConfig):
 class DraftersConfig:
     path: str | None = None  # drafter folder, or its run folder
     other: str | None = None  # a second drafter, compared on the same target text, prompt by prompt
+    force: bool = False  # measure drafters that were trained for another target
 
 
 @dataclass

@@ -29,11 +29,11 @@ from draft_training.build import target_folder
 from draft_training.config import RepliesConfig, TargetConfig
 from draft_training.controls import OracleProposer, RandomProposer
 from draft_training.distribution import Distribution, distribution
-from draft_training.drafters import Opened, drafter_folder, dtype_name, open_drafter, pairs_of
+from draft_training.drafters import Opened, drafter_folder, dtype_name, open_drafter, pairs_of, trained_for
 from draft_training.estimators import Bootstrap, Rounds
 from draft_training.latency import Latency, latency
 from draft_training.measure import Replies, decode, log_of, plain_text, same_text, served, teacher_forced
-from draft_training.prompts import DomainPrompt, load_prompts, prompts_hash
+from draft_training.prompts import DomainPrompt, distinct, load_prompts, prompts_hash
 from draft_training.regenerate import stop_ids
 
 
@@ -97,13 +97,7 @@ def eval_prompts(config: AcceptanceConfig, tokenizer: Any) -> list[DomainPrompt]
         found += [
             replace(p, domain=domain) for p in load_prompts(data, replies, tokenizer, config.seed, validation=True)
         ]
-    seen: dict[str, int] = {}
-    unique = []
-    for one in found:
-        count = seen[one.prompt.id] = seen.get(one.prompt.id, 0) + 1
-        name = one.prompt.id if count == 1 else f"{one.prompt.id}#{count}"
-        unique.append(replace(one, prompt=Prompt(name, one.prompt.ids)))
-    return unique
+    return distinct(found)
 
 
 def measure(config: AcceptanceConfig, resolved: str) -> str:
@@ -119,11 +113,13 @@ def measure(config: AcceptanceConfig, resolved: str) -> str:
     chosen = eval_prompts(config, loaded.tokenizer)
     job = Job(config, loaded, [p.prompt for p in chosen], stop_ids(loaded))
     opened = job.open(str(folder))
+    refuse_strangers(config, loaded)
     print(f"Target: {loaded.folder}\nDrafter: {folder}\nPrompts: {len(chosen)} of {', '.join(config.eval)}")
     boot = Bootstrap([p.domain for p in chosen], config.bootstrap, config.seed)
     run = start_run(config.run, "acceptance", folder.resolve().parent.name, resolved, config.seed)
     text = job.plain("target's text")
-    found = Found(boot, setup_of(job, opened, chosen))
+    cut = sum(reply.stop == "length" for reply in text.values())
+    found = Found(boot, setup_of(job, opened, chosen) | {"replies_cut": cut})
     found.arms["drafter"] = arm(job, opened, text, "drafter")
     sweep(job, opened, text, found)
     if config.drafter.other:
@@ -136,6 +132,18 @@ def measure(config: AcceptanceConfig, resolved: str) -> str:
     write_logs(run, found)
     run.update(state="finished")
     return write_report(run, found)
+
+
+def refuse_strangers(config: AcceptanceConfig, loaded: LoadedModel) -> None:
+    """ConfigError for a drafter that was trained for another target, unless `drafter.force` is set."""
+    own = fingerprint(loaded.model)
+    for key, path in (("drafter.path", config.drafter.path), ("drafter.other", config.drafter.other)):
+        named = trained_for(drafter_folder(path)) if path else None
+        if named and named != own and not config.drafter.force:
+            raise ConfigError(
+                f"{key}={path} was trained for target {named[:12]}, and target.path={loaded.folder} is {own[:12]}: "
+                "few drafts would be accepted; take its own target, or set drafter.force=true"
+            )
 
 
 def arm(job: Job, opened: Opened, text: Replies, title: str, temperatures: list[float] | None = None) -> Arm:

@@ -47,7 +47,8 @@ def setup_text(setup: dict[str, Any]) -> str:
         f"drafter  {drafter['folder']} ({facts}; {known[drafter['made_for_this_target']]})\n"
         f"decoding temperature {temperatures}; top_p {setup['top_p']:g}, top_k {setup['top_k']}, at most "
         f"{setup['max_new_tokens']} new tokens, seed {setup['seed']}\n"
-        f"prompts  {setup['prompts']}, hash {setup['prompt_hash'][:12]}; chat template {template}"
+        f"prompts  {setup['prompts']}, hash {setup['prompt_hash'][:12]}; chat template {template}; the target never "
+        f"ended {setup['replies_cut']} of its replies: they are cut"
     )
 
 

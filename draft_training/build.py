@@ -54,13 +54,35 @@ def full_layers(config: Any) -> tuple[int, ...]:
     return () if len(found) == len(kinds) else found
 
 
+def refuse_real_token(token: int, tokenizer: Any) -> None:
+    """ConfigError for a mask token that text has: all but special tokens, and of those EOS, BOS and a chat's marks."""
+    if tokenizer is None or token >= len(tokenizer):
+        return
+    special = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special} | set(tokenizer.all_special_ids)
+    template = str(getattr(tokenizer, "chat_template", None) or "")
+    used = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    free = sorted(i for i in special - used if str(tokenizer.convert_ids_to_tokens(i)) not in template)
+    if token not in free:
+        named = tokenizer.convert_ids_to_tokens(token)
+        remedy = f"take a token that has none, such as {free[0]}" if free else "set draft.learned_mask=true"
+        raise ConfigError(f"draft.mask_token_id={token} is {named!r}, which has a place in text; {remedy}")
+
+
 def mask_id(draft: DraftConfig, tokenizer: Any, vocab: int) -> int:
+    """The token that stands for a slot to be drafted.
+
+    Raises:
+        ConfigError: draft.mask_token_id, or the last resort where the mask is a row of the target, occurs in text.
+    """
     if draft.mask_token_id >= 0:
+        refuse_real_token(draft.mask_token_id, tokenizer)
         return draft.mask_token_id
     for name in ("mask_token_id", "unk_token_id", "pad_token_id"):
         found = getattr(tokenizer, name, None)
         if found is not None and found != getattr(tokenizer, "eos_token_id", None):
             return found
+    if not draft.learned_mask:
+        refuse_real_token(vocab - 1, tokenizer)
     return vocab - 1
 
 

@@ -60,9 +60,11 @@ class LossConfig:
 
 @dataclass
 class RepliesConfig:
-    """Replies of the target: a folder written by draft_training.regenerate. Without one, `data` is the text."""
+    """Replies of the target: a folder written by draft_training.regenerate, or JSON lines of the same form (see
+    draft_training/replies.py). Without a path, `data` is the text."""
 
     path: str | None = None
+    force: bool = False  # train although another target said them, or some are missing
     auto: bool = False  # write them first, with the settings below, into run.cache
     count: int = 0  # prompts; 0 = all
     prompt_tokens: int = 1024  # longer prompts are left out; of plain text, the length of the prefix

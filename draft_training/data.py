@@ -1,61 +1,20 @@
 """Text for a drafter: replies of the target as token ids, or any mixture of the trainers.
 
-A reply file has one JSON object a line: id, domain, prompt_ids, reply_ids, stop; the ids are what the target read and
-said, not a text that is tokenised again. Every `val_share`-th reply of a domain is held out, by its id alone.
+Every `val_share`-th reply of a domain is held out, by its id alone.
 """
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from core.errors import DataError
-from core.generate.interface import Prompt, Reply
 from core.train.data import TrainStream, train_stream
 from core.train.data.encode import Document
 from core.train.data.ingredients import InMemory
 from draft_training.anchors import AnchorStream
 from draft_training.config import DraftTrainConfig
-
-SETTINGS = "replies.json"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A prompt and the target's reply to it."""
-
-    domain: str
-    prompt: Prompt
-    reply: Reply
-
-
-def read_replies(folder: Path) -> Iterator[Text]:
-    """Every reply of a folder, in the order of its files.
-
-    Raises:
-        DataError: no replies there, or a damaged line; names the file and line.
-    """
-    files = sorted(folder.glob("part-*.jsonl.gz"))
-    if not files or not (folder / SETTINGS).is_file():
-        raise DataError(f"replies.path={folder} holds no replies; write them with python -m draft_training.regenerate")
-    for file in files:
-        try:
-            with gzip.open(file, "rt") as lines:
-                for line in lines:
-                    row = json.loads(line)
-                    prompt = Prompt(row["id"], row["prompt_ids"])
-                    yield Text(row["domain"], prompt, Reply(row["id"], row["reply_ids"], row["stop"]))
-        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{file} is damaged ({error}); delete it and run regenerate again") from error
-
-
-def held_out(text: Text, share: int) -> bool:
-    return zlib.crc32(text.prompt.id.encode()) % share == 0
+from draft_training.replies import Text, held_out, read_replies
 
 
 def document(text: Text) -> Document:
@@ -74,7 +33,16 @@ class DraftData:
     held_out: dict[str, list[Text]]
 
 
-def make_data(config: DraftTrainConfig, tokenizer: Any, drafts: int, rank: int, world: int) -> DraftData:
+def make_data(
+    config: DraftTrainConfig, tokenizer: Any, vocabulary: int, drafts: int, rank: int = 0, world: int = 1
+) -> DraftData:
+    """The rows of this rank, and what is held out.
+
+    Args:
+        vocabulary: rows of the target's embedding. drafts: K.
+    Raises:
+        ConfigError, DataError: the text is missing, damaged or too short; one line.
+    """
     train = config.train
     validation: dict[str, list[Text]] = {}
     if config.replies.path is None:
@@ -83,7 +51,7 @@ def make_data(config: DraftTrainConfig, tokenizer: Any, drafts: int, rank: int, 
         )
     else:
         documents: dict[str, list[Document]] = {}
-        for text in read_replies(Path(config.replies.path)):
+        for text in read_replies(config.replies, vocabulary):
             if held_out(text, config.replies.val_share):
                 validation.setdefault(text.domain, []).append(text)
             else:

@@ -78,10 +78,13 @@ def open_drafter(path: Path | str, model: nn.Module, *, row_tokens: int = 4096, 
     if kind not in KINDS:
         raise UnsupportedError(f"{folder}: model_type={kind!r} is no drafter known here; expected {', '.join(KINDS)}")
     opened = KINDS[kind](folder, model, row_tokens, anchors)
-    if not (folder / PAIRING).is_file():
-        return opened
-    named = read_pairing(folder).get("target", {}).get("fingerprint")
+    named = trained_for(folder)
     return dataclasses.replace(opened, made_for_this=named == fingerprint(model) if named else None)
+
+
+def trained_for(folder: Path) -> str | None:
+    """The fingerprint of the target that drafter.json names; None where it names none."""
+    return read_pairing(folder).get("target", {}).get("fingerprint") if (folder / PAIRING).is_file() else None
 
 
 def open_dflash(folder: Path, model: nn.Module, row_tokens: int, anchors: int) -> Opened:

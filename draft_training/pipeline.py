@@ -30,12 +30,13 @@ from core.train.loop import Loop, NoHook, rows_per_rank
 from core.train.tracker import make_tracker
 from draft_training.build import drafter_config, load_target, make_drafter, target_folder, target_of
 from draft_training.config import DraftTrainConfig
-from draft_training.data import DraftData, Text, make_data
+from draft_training.data import DraftData, make_data
 from draft_training.features import FeatureStream, write_features
 from draft_training.losses import make_loss
-from draft_training.prompts import load_prompts, prompts_hash
+from draft_training.prompts import load_prompts
 from draft_training.regenerate import settings_of, stop_ids, write_replies
 from draft_training.replay import replay, rounds_along
+from draft_training.replies import Text, check_target, whose
 
 
 def train(config: DraftTrainConfig, resolved: str) -> Run:
@@ -49,13 +50,17 @@ def train(config: DraftTrainConfig, resolved: str) -> Run:
     loaded = load_target(config.target, folder, place)
     made_for = fingerprint(loaded.model)
     config = with_replies(config, loaded, made_for, rank)
+    replies = check_target(config.replies, made_for) if config.replies.path else None
+    if rank == 0:
+        print(whose(replies))
     drafter = make_drafter(config.draft, loaded, place)
-    data = make_data(config, loaded.tokenizer, drafter.config.drafts, rank, world)
+    data = make_data(config, loaded.tokenizer, drafter.config.vocab_size, drafter.config.drafts, rank, world)
     if rank == 0:
         print(plan_text(config, drafter, loaded, data))
     run = start_run(config.run, "draft", "dflash", resolved, config.train.seed, rank)
     run.update(target=str(folder.resolve()), target_fingerprint=made_for)
     target = target_of(loaded, drafter)
+    run.update(replies=replies)
     micro = config.train.batch_size // world // rows_per_rank(config.train, world)
     if config.train.compile:
         for layer in (*drafter.layers, *loaded.model.model.layers):
@@ -73,7 +78,7 @@ def train(config: DraftTrainConfig, resolved: str) -> Run:
     tensors = dict(working_tensors(engine))
     if rank == 0:
         pairing = {"target": target_identity(loaded.model, made_for), "target_folder": str(folder.resolve()),
-                   "steps": config.train.steps, "loss": plain(asdict(config.loss))}  # fmt: skip
+                   "steps": config.train.steps, "loss": plain(asdict(config.loss)), "replies": replies}  # fmt: skip
         save_drafter(tensors, drafter.config, run.model, pairing)
         print(finish(run, evaluator))
     engine.close()
@@ -94,13 +99,16 @@ def with_replies(config: DraftTrainConfig, loaded: LoadedModel, made_for: str, r
     if replies.path or not replies.auto:
         return config
     prompts = load_prompts(config.data, replies, loaded.tokenizer, config.train.seed)
-    settings = settings_of(replies, config.train.seed, made_for, prompts_hash(prompts))
+    settings = settings_of(replies, config.train.seed, made_for, prompts)
     key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     out = Path(config.run.cache) / f"replies-{key}"
     if rank == 0:
         print(f"Replies of the target: {out}")
-        generator = PlainGenerator(Target(loaded.model), rows=replies.rows, eos=stop_ids(loaded))
-        write_replies(out, generator, prompts, settings, replies.sampling(config.train.seed))
+        eos = stop_ids(loaded)
+        generator = PlainGenerator(Target(loaded.model), rows=replies.rows, eos=eos)
+        made = write_replies(out, generator, prompts, settings, replies.sampling(config.train.seed))
+        if made.replies:
+            print(made.line(eos, replies.max_new_tokens))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return replace(config, replies=replace(replies, path=str(out)))
@@ -114,7 +122,8 @@ def stored_features(
     if rank == 0:
         text = {"replies": config.replies.path, "data": plain(asdict(config.data)), "seed": train.seed}
         settings = {"target": made_for, "taps": list(target.taps), "seq_len": config.data.seq_len, "text": text}
-        whole = make_data(config, tokenizer, data.stream.drafts, 0, 1).rows if world > 1 else data.rows
+        size = target.embedding.weight.shape[0]
+        whole = make_data(config, tokenizer, size, data.stream.drafts).rows if world > 1 else data.rows
         write_features(folder, whole, target, rows, settings)
     if world > 1:
         torch.distributed.barrier()

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -42,9 +42,27 @@ def load_prompts(
         print(f"prompts: left out {long:,} longer than replies.prompt_tokens={replies.prompt_tokens}")
     if not found:
         where = "data.val" if validation else "data.train"
-        raise DataError(f"{where} has no usable prompt; name sources with `messages`, or plain text to continue")
+        names = ", ".join(s.path for s in sources)
+        raise DataError(
+            f"{where} ({names}) has no usable prompt; name sources with `messages`, or plain text to continue"
+        )
+    found = distinct(found)
     random.Random(seed).shuffle(found)
     return found[: replies.count or None]
+
+
+def distinct(prompts: list[DomainPrompt]) -> list[DomainPrompt]:
+    """The same prompts; an id that was there before gets a number: replies are known by the id of their prompt."""
+    seen: set[str] = set()
+    unique = []
+    for one in prompts:
+        name, count = one.prompt.id, 1
+        while name in seen:
+            count += 1
+            name = f"{one.prompt.id}#{count}"
+        seen.add(name)
+        unique.append(replace(one, prompt=Prompt(name, one.prompt.ids)))
+    return unique
 
 
 def chats(data: DataConfig, source: Source, tokenizer: Any, validation: bool = False) -> Iterator[DomainPrompt]:
@@ -81,15 +99,16 @@ def prefixes(
     """Pieces of `size` tokens from all over each text, every fourth, for the target to continue."""
     domain = domain_of(source)
     for number, record in enumerate(read_records(data, source, validation)):
-        ids = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
+        ids = tokenizer(record["text"], add_special_tokens=False)["input_ids"] if "text" in record else []
         for at in islice(range(0, max(len(ids) - size, 0) + 1, 4 * size), 64):
             if len(ids) > at + 1:
                 yield DomainPrompt(domain, Prompt(f"{domain}/{number}@{at}", ids[at : at + size]))
 
 
-def prompts_hash(prompts: list[DomainPrompt]) -> str:
-    """Names the exact prompts, in any order."""
+def prompts_hash(prompts: list[DomainPrompt], ordered: bool = False) -> str:
+    """Names the exact prompts, in any order or in this one."""
     digest = hashlib.sha256()
-    for line in sorted(f"{p.prompt.id} {p.prompt.ids}" for p in prompts):
+    lines = [f"{p.prompt.id} {p.prompt.ids}" for p in prompts]
+    for line in lines if ordered else sorted(lines):
         digest.update(line.encode())
     return digest.hexdigest()

@@ -40,7 +40,7 @@ def hidden_at(
     """Hidden states [R, A, B, G] of the blocks at `anchor_RA`, indices along packed rows, ascending; below 0: none."""
     config = drafter.config
     place = anchor_RA.clamp(min=0)
-    x = drafter.block(target.embedding(ids_RT.gather(1, place)))
+    x = drafter.block(target.embedding(ids_RT.gather(1, place)).detach())
     slots = torch.arange(config.block_size, device=ids_RT.device)
     position = position_RT.gather(1, place)[..., None] + slots
     masks = masks_of(drafter, document_ids(position_RT), anchor_RA, x.dtype)

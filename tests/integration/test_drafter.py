@@ -79,6 +79,8 @@ def test_acceptance_of_the_drafter(cli: Cli, drafted: Path, finished: Path) -> N
     [
         (("draft.window=2",), ("window=2", "block_size=4")),
         (("draft.taps=[0,9]",), ("taps", "9")),
+        (("draft.block_size=1",), ("block_size=1", "at least 2")),
+        (("draft.mask_token_id=40",), ("draft.mask_token_id=40", "has a place in text")),
         (("loss.ce=0", "loss.kl=0"), ("loss.ce=0", "loss.kl=0")),
         (("loss.dpace_alpha=2",), ("loss.dpace_alpha=2",)),
         (("replies.path=nowhere",), ("replies.path=nowhere", "regenerate")),

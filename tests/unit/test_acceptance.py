@@ -1,5 +1,6 @@
 """Acceptance: estimators on rounds counted by hand, controls, replay against serving, distribution test, reports."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -193,6 +194,7 @@ SETUP = {
     "drafter": {"folder": "d", "made_for_this_target": None, "K": 3, "B": 4, "window": 8},
     "temperatures": [0.0], "top_p": 1.0, "top_k": 0, "max_new_tokens": 20, "seed": 0, "prompts": 8,
     "prompt_hash": "p" * 64, "template_hash": None, "kv_dtype": "float32", "device": "cpu",
+    "replies_cut": 5,
 }  # fmt: skip
 
 
@@ -366,7 +368,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = llama(300)
     save(drafter_of(300), root / "drafter", target)
     save(drafter_of(300, seed=5), root / "better", target)
+    save(drafter_of(300), root / "stranger", llama(300, 0.31))
     (root / "eval").mkdir()
+    mute = {"messages": [{"role": "assistant", "content": "nobody asked"}]}
+    (root / "eval" / "mute.jsonl.gz").write_bytes(gzip.compress(json.dumps(mute).encode()))
+    (root / "eval" / "empty.jsonl.gz").write_bytes(gzip.compress(b""))
     for domain in ("code", "math"):
         lines = [
             {"id": f"{domain}{i}", "messages": [{"role": "user", "content": f"{domain} {i * 7}?"},
@@ -379,8 +385,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(place: Path, *more: str) -> list[str]:
-    import gzip
-
     for domain in ("code", "math"):
         packed = place / "eval" / f"{domain}.jsonl.gz"
         packed.write_bytes(gzip.compress((place / "eval" / f"{domain}.jsonl").read_bytes()))
@@ -452,6 +456,11 @@ def test_one_token_replies_are_inconclusive_not_a_pass(place: Path, capsys: pyte
         (["drafter.path=null"], ["drafter.path has no value"]),
         (["--target", "/nowhere"], ["target.path=/nowhere"]),
         (["--target", "{wide}"], ["vocabulary 300", "320"]),
+        (["--target", "{second}"], ["{drafter}", "{second}", "{own}", "{strange}", "drafter.force=true"]),
+        (["drafter.other={stranger}"], ["drafter.other={stranger}", "{own}", "{strange}", "drafter.force=true"]),
+        (["target.dtype=float16"], ["target.dtype='float16'", "bfloat16"]),
+        (["eval=[mute]"], ["eval/mute.jsonl.gz", "no usable prompt"]),
+        (["eval=[empty]"], ["empty.jsonl.gz", "is empty"]),
         (["target.other={wide}"], ["target.other", "320", "300"]),
         (["--drafter", "{target}"], ["model_type='llama'", "fp4flash_dflash"]),
         (["eval=[poems]"], ["poems", "matches no file"]),
@@ -464,13 +473,31 @@ def test_one_token_replies_are_inconclusive_not_a_pass(place: Path, capsys: pyte
     ],
 )
 def test_errors_in_one_line(place: Path, more: list[str], words: list[str], capsys: pytest.CaptureFixture) -> None:
-    filled = [w.format(wide=place / "wide", target=place / "target") for w in more]
+    own, strange = (fingerprint(llama(300, spread))[:12] for spread in (0.3, 0.31))
+    names = {n: place / n for n in ("wide", "target", "second", "drafter", "stranger")}
+    names |= {"own": own, "strange": strange}
+    filled = [w.format(**names) for w in more]
     assert entry(COMMAND, main, arguments(place, *filled)) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     lines = [line for line in lines if line.startswith("draft_training.acceptance:")]
     assert len(lines) == 1
     for word in words:
-        assert word in lines[0]
+        assert word.format(**names) in lines[0]
+
+
+def test_a_drafter_of_another_target_is_measured_where_it_is_asked_for(
+    place: Path, capsys: pytest.CaptureFixture
+) -> None:
+    more = ["--target", str(place / "second"), "drafter.force=true", "run.name=forced", "eval=[code]"]
+    assert entry(COMMAND, main, arguments(place, *more)) == 0
+    assert "ANOTHER target's than this" in capsys.readouterr().out
+
+
+def test_a_target_that_never_ends_its_replies_is_said_to_be_one(place: Path, capsys: pytest.CaptureFixture) -> None:
+    assert entry(COMMAND, main, arguments(place, "run.name=cut", "eval=[code]")) == 0
+    log = list(read_rounds(place / "runs" / "cut" / "rounds.jsonl"))
+    never = sum(r.stop == "length" for r in log)
+    assert never == 5 and "the target never ended 5 of its replies: they are cut" in capsys.readouterr().out
 
 
 def test_a_drafter_of_another_target_is_said_to_be_one(place: Path) -> None:
