@@ -29,13 +29,12 @@ class Described(Protocol):
     def to_dict(self) -> dict[str, Any]: ...
 
 
-def save_drafter(
-    tensors: dict[str, torch.Tensor], config: Described, out: Path | str, pairing: dict[str, Any]
-) -> None:
+def save_drafter(tensors: dict[str, torch.Tensor], config: Described, out: Path | str, pairing: dict[str, Any]) -> None:
     """Write a drafter folder; an existing one is replaced only when the new one is complete.
 
     Args:
-        tensors: the state dict of the drafter that `config` describes. pairing: what drafter.json says of target and training.
+        tensors: the state dict of the drafter that `config` describes. pairing: what drafter.json says of target and
+            training.
     """
     with replacing(Path(out)) as part:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, part / WEIGHTS)
