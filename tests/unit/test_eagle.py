@@ -227,7 +227,7 @@ def test_one_text_is_learnt_to_full_chains() -> None:
     assert losses[-1] < 0.05 * losses[0]
     made = PlainGenerator(target, EagleProposer(drafter, target)).generate([prompt], Sampling(max_new_tokens=41))
     rounds = next(iter(made)).rounds
-    assert [r.accepted for r in rounds[:-1]] == [4] * 8 and sum(r.committed for r in rounds) == 40
+    assert [r.accepted for r in rounds] == [4] * 8 and sum(r.committed for r in rounds) == 40
 
 
 @pytest.mark.parametrize("config", [LossConfig(), LossConfig(dpace_alpha=0.5), LossConfig(ce=0.0, kl=1.0),
@@ -295,6 +295,7 @@ def rule(config: EagleConfig, step: int, position: Tensor, anchor: Tensor) -> Te
     return found
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("window", [0, 5, 40])
 @pytest.mark.parametrize(("lengths", "anchors"), [((7, 30, 1, 12), 9), ((300,), 150), ((100, 160), 129)])
 def test_masks_are_the_rule(window: int, lengths: tuple[int, ...], anchors: int) -> None:
