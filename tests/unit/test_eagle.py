@@ -1,5 +1,6 @@
 """The EAGLE drafter: one chain against a second writing of it, training against decoding, served text, folders."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -454,8 +455,24 @@ def test_wrong_draft_configurations_are_refused(words: list[str], says: list[str
     assert one_line(error) and all(s in str(error.value) for s in says), str(error.value)
 
 
-def test_prompts_are_read_in_any_order() -> None:
-    """A reply's prompt of one token: its first anchor stands at position 1 and sees only itself."""
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    if not dataclasses.is_dataclass(config):
+        return {prefix: config}
+    parts = [leaves(getattr(config, f.name), f"{prefix}.{f.name}".lstrip(".")) for f in dataclasses.fields(config)]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+@pytest.mark.parametrize("pair", ["mimo", "smollm2"])
+def test_baseline_and_drafter_have_the_same_data_and_budget(pair: str) -> None:
+    """Only the drafter and its rates differ; taps and K are the same."""
+    theirs, ours = (leaves(load(COMMAND, [f"+experiment={pair}_{kind}"])[0]) for kind in ("eagle", "dflash"))
+    differ = {key for key in ours if ours[key] != theirs[key]}
+    assert differ - {"optim.lr", "optim.muon_lr"} and not {"draft.taps", "draft.tap_count", "draft.block_size"} & differ
+    assert all(key.startswith("draft.") or key in {"optim.lr", "optim.muon_lr"} for key in differ), differ
+
+
+def test_an_anchor_behind_a_prompt_of_one_token() -> None:
+    """It stands at position 1 and sees only its own chain."""
     model = model_of("llama")
     target, prompt = Target(model, TAPS), Prompt("one", [7])
     reply = Reply("one", stepwise(model, prompt, 6), "length")
