@@ -1,1 +1,1 @@
-"""Training a DFlash drafter against a frozen, quantised target, and measuring its acceptance."""
+"""Training a drafter (DFlash, or EAGLE as its baseline) against a frozen, quantised target, and acceptance."""

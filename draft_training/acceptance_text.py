@@ -37,7 +37,9 @@ def report_text(done: Summary) -> str:
 def setup_text(setup: dict[str, Any]) -> str:
     target, drafter = setup["target"], setup["drafter"]
     known = {True: "this target's", False: "ANOTHER target's than this", None: "names no target"}
-    facts = ", ".join(f"{k} {drafter[k]}" for k in ("K", "B", "window", "causal", "taps", "dtype") if k in drafter)
+    facts = ", ".join(
+        f"{k} {drafter[k]}" for k in ("kind", "K", "B", "window", "causal", "taps", "dtype") if k in drafter
+    )
     template = setup["template_hash"][:12] if setup["template_hash"] else "none"
     temperatures = ", ".join(f"{t:g}" for t in setup["temperatures"])
     return (

@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from core.errors import ConfigError
 from core.generate.target import Target
 from core.models.dflash import Drafter, init_drafter
 from core.models.dflash_config import FULL, SLIDING, DFlashConfig, spread_taps
-from core.models.dflash_io import check_mask, load_drafter
+from core.models.dflash_io import check_mask
+from core.models.drafters import AnyConfig, AnyDrafter, empty, load_any
+from core.models.eagle import EagleDrafter, init_eagle
+from core.models.eagle_config import EagleConfig
 from core.models.load import LoadedModel, load_model
 from core.models.ops import EAGER, FLEX
-from draft_training.config import DraftConfig, TargetConfig
+from draft_training.config import DraftConfig, Kind, TargetConfig
 
 
 def target_folder(config: TargetConfig, root: str) -> Path:
@@ -86,26 +89,32 @@ def mask_id(draft: DraftConfig, tokenizer: Any, vocab: int) -> int:
     return vocab - 1
 
 
-def drafter_config(draft: DraftConfig, loaded: LoadedModel) -> DFlashConfig:
-    """Sizes from the target where the configuration leaves them open."""
+def drafter_config(draft: DraftConfig, loaded: LoadedModel) -> AnyConfig:
+    """Sizes from the target where the configuration leaves them open.
+
+    Raises:
+        ConfigError: draft.full_layers names a layer that the drafter has not, or a size breaks a rule.
+    """
     c = loaded.config
-    layers, heads = c.num_hidden_layers, draft.num_attention_heads or c.num_attention_heads
+    layers = c.num_hidden_layers
     vocab, hidden = loaded.model.get_input_embeddings().weight.shape
-    taps = tuple(draft.taps) or spread_taps(layers, draft.tap_count, full_layers(c))
     wrong = [i for i in draft.full_layers if not 0 <= i < draft.num_hidden_layers]
     if wrong:
         raise ConfigError(f"draft.full_layers has {wrong[0]}; the drafter has {draft.num_hidden_layers} layers")
     dim = getattr(c, "head_dim", None) or hidden // c.num_attention_heads
+    common: dict[str, Any] = {
+        "hidden_size": hidden, "intermediate_size": draft.intermediate_size or c.intermediate_size,
+        "num_attention_heads": draft.num_attention_heads or c.num_attention_heads,
+        "num_key_value_heads": draft.num_key_value_heads or c.num_key_value_heads, "head_dim": draft.head_dim or dim,
+        "vocab_size": vocab, "num_target_layers": layers, "rope_theta": draft.rope_theta,
+        "taps": tuple(draft.taps) or spread_taps(layers, draft.tap_count, full_layers(c)),
+        "rms_norm_eps": getattr(c, "rms_norm_eps", 1e-6),
+    }  # fmt: skip
+    if draft.kind is Kind.eagle:
+        return EagleConfig(**common, drafts=draft.block_size - 1, window=0 if draft.full_layers else draft.window)
     return DFlashConfig(
-        hidden_size=hidden,
-        intermediate_size=draft.intermediate_size or c.intermediate_size,
+        **common,
         num_hidden_layers=draft.num_hidden_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=draft.num_key_value_heads or c.num_key_value_heads,
-        head_dim=draft.head_dim or dim,
-        vocab_size=vocab,
-        num_target_layers=layers,
-        taps=taps,
         mask_token_id=mask_id(draft, loaded.tokenizer, vocab),
         block_size=draft.block_size,
         window=draft.window,
@@ -114,39 +123,53 @@ def drafter_config(draft: DraftConfig, loaded: LoadedModel) -> DFlashConfig:
         sinks=draft.sinks,
         value_scale=draft.value_scale,
         partial_rotary_factor=draft.partial_rotary_factor,
-        rope_theta=draft.rope_theta,
-        rms_norm_eps=getattr(c, "rms_norm_eps", 1e-6),
         learned_mask=draft.learned_mask,
         selector_top_k=draft.selector_top_k,
         selector_rank=draft.selector_rank,
     )
 
 
-def make_drafter(draft: DraftConfig, loaded: LoadedModel, device: torch.device) -> Drafter:
+def make_drafter(draft: DraftConfig, loaded: LoadedModel, device: torch.device) -> AnyDrafter:
     """A fresh drafter in BF16 for this target, or the one of `draft.init`.
 
     Raises:
-        ConfigError: draft.init has another geometry. CheckpointError: the mask token's row is near zero.
+        ConfigError: draft.init has another kind or geometry. CheckpointError: the mask token's row is near zero.
     """
     config = drafter_config(draft, loaded)
     if draft.init:
-        drafter = load_drafter(draft.init, device=device)
+        drafter = load_any(draft.init, device=device)
         if drafter.config != config:
             raise ConfigError(f"draft.init={draft.init} has another geometry than draft.*; set the same values")
     else:
-        drafter = Drafter(config).to(device, torch.bfloat16)
-        rows = loaded.model.get_input_embeddings().weight.detach().float()
-        if config.learned_mask:
-            start = torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0)).to(device) * rows.std()
+        drafter = empty(config).to(device, torch.bfloat16)
+        if isinstance(drafter, EagleDrafter):
+            init_eagle(drafter)
         else:
-            start = rows[config.mask_token_id]
-            check_mask(start, f"row {config.mask_token_id} of the target's embedding")
-        init_drafter(drafter, start)
+            init_drafter(drafter, first_mask(drafter.config, loaded).to(device))
     drafter.ops = FLEX if device.type == "cuda" else EAGER
-    drafter.mask_embedding.requires_grad_(config.learned_mask)
+    if isinstance(drafter, Drafter):
+        drafter.mask_embedding.requires_grad_(drafter.config.learned_mask)
     return drafter.train()
 
 
-def target_of(loaded: LoadedModel, drafter: Drafter) -> Target:
+def first_mask(config: DFlashConfig, loaded: LoadedModel) -> Tensor:
+    """The mask embedding that training starts from."""
+    rows = loaded.model.get_input_embeddings().weight.detach().float()
+    if config.learned_mask:
+        return torch.randn(rows.shape[1], generator=torch.Generator().manual_seed(0)) * rows.std().cpu()
+    check_mask(rows[config.mask_token_id], f"row {config.mask_token_id} of the target's embedding")
+    return rows[config.mask_token_id]
+
+
+def shape_text(config: AnyConfig) -> str:
+    """A drafter's geometry in words."""
+    taps = f"taps {list(config.taps)} of {config.num_target_layers} layers"
+    if isinstance(config, EagleConfig):
+        return f"EAGLE, chain of {config.drafts}, {f'window {config.window}' if config.window else 'all keys'}, {taps}"
+    selector = ", selector" if config.selector_rank else ""
+    return f"DFlash, block {config.block_size}, window {config.window}, {taps}{selector}"
+
+
+def target_of(loaded: LoadedModel, drafter: AnyDrafter) -> Target:
     model: nn.Module = loaded.model
     return Target(model.eval(), drafter.config.taps)

@@ -16,10 +16,16 @@ class TargetConfig:
     experts: str = "auto"
 
 
+class Kind(Enum):
+    dflash = "dflash"  # drafts a block in one pass
+    eagle = "eagle"  # one layer, chained: the autoregressive baseline
+
+
 @dataclass
 class DraftConfig:
     """The drafter; 0 or empty takes the target's value (see draft_training/build.py). Presets: configs/draft/."""
 
+    kind: Kind = Kind.dflash
     num_hidden_layers: int = 5
     num_attention_heads: int = 0
     num_key_value_heads: int = 0
@@ -27,7 +33,7 @@ class DraftConfig:
     intermediate_size: int = 0
     taps: list[int] = field(default_factory=list)  # target layers; empty: `tap_count` of them, spread
     tap_count: int = 5
-    block_size: int = 8
+    block_size: int = 8  # the anchor and K = block_size - 1 drafts
     window: int = 512
     full_layers: list[int] = field(default_factory=list)  # draft layers that see the whole context
     causal: bool = False
@@ -142,7 +148,25 @@ def check(config: DraftTrainConfig) -> None:
         raise ConfigError("loss.ce=0 and loss.kl=0 leave nothing to train on; set one of them")
     if loss.dpace_alpha is not None and not 0 <= loss.dpace_alpha <= 1:
         raise ConfigError(f"loss.dpace_alpha={loss.dpace_alpha}: expected 0 to 1")
+    check_kind(config.draft)
     config.replies.sampling(config.train.seed)
+
+
+DFLASH_ONLY = ("causal", "sinks", "value_scale", "partial_rotary_factor", "learned_mask", "mask_token_id",
+               "selector_top_k", "selector_rank")  # fmt: skip
+
+
+def check_kind(draft: DraftConfig) -> None:
+    """ConfigError for what the kind of drafter has not: a key that says nothing would be believed."""
+    if draft.kind is Kind.dflash:
+        return
+    if draft.num_hidden_layers != 1:
+        raise ConfigError(
+            f"draft.num_hidden_layers={draft.num_hidden_layers}: a drafter of draft.kind=eagle has 1; take draft=eagle"
+        )
+    for key in DFLASH_ONLY:
+        if getattr(draft, key) != getattr(DraftConfig, key):
+            raise ConfigError(f"draft.{key}={getattr(draft, key)}: draft.kind=eagle has no such thing; leave it out")
 
 
 def check_regenerate(config: RegenerateConfig) -> None:

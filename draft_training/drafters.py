@@ -16,11 +16,15 @@ from torch import nn
 
 from core.errors import ConfigError, UnsupportedError
 from core.generate.dflash import DFlashProposer
+from core.generate.eagle import EagleProposer
 from core.generate.interface import Prompt, Proposer, Reply
 from core.generate.target import Target
 from core.models.dflash import Drafter
-from core.models.dflash_config import MODEL_TYPE
+from core.models.dflash_config import MODEL_TYPE as DFLASH
 from core.models.dflash_io import PAIRING, load_drafter, read_pairing
+from core.models.eagle import EagleDrafter
+from core.models.eagle_config import MODEL_TYPE as EAGLE
+from core.models.eagle_io import load_eagle
 from core.models.fingerprint import fingerprint
 from core.models.ops import EAGER
 from draft_training.replay import Replayed, replay
@@ -117,7 +121,36 @@ def dflash(name: str, drafter: Drafter, model: nn.Module, row_tokens: int = 4096
     )
 
 
-KINDS: dict[str, Callable[[Path, nn.Module, int, int], Opened]] = {MODEL_TYPE: open_dflash}
+def open_eagle(folder: Path, model: nn.Module, row_tokens: int, anchors: int) -> Opened:
+    weight = model.get_input_embeddings().weight
+    drafter = load_eagle(folder, dtype=weight.dtype, device=weight.device)
+    return eagle(str(folder), drafter, model, row_tokens, anchors)
+
+
+def eagle(name: str, drafter: EagleDrafter, model: nn.Module, row_tokens: int = 4096, anchors: int = 0) -> Opened:
+    """An EAGLE drafter that is already in memory."""
+    config = drafter.config
+    device = model.get_input_embeddings().weight.device
+    EagleProposer(drafter, Target(model, config.taps))  # refuses a target of another vocabulary, width or depth
+    drafter.ops = EAGER
+    chains = anchors or ANCHORS.get(device.type, 64)
+
+    def replayed(target: Target, texts: Texts) -> Iterator[Replayed]:
+        return replay(target, drafter, texts, row_tokens=row_tokens, anchors=chains)
+
+    def windowed(window: int) -> Opened:
+        other = copy.copy(drafter)
+        other.config = dataclasses.replace(config, window=window)
+        return eagle(name, other, model, row_tokens, anchors)
+
+    facts = {"kind": "eagle", "K": config.drafts, "taps": list(config.taps), "dtype": dtype_name(drafter)}
+    facts |= {"window": config.window} if config.window else {}
+    return Opened(
+        name, config.taps, config.drafts, facts, lambda target: EagleProposer(drafter, target), replayed, windowed
+    )
+
+
+KINDS: dict[str, Callable[[Path, nn.Module, int, int], Opened]] = {DFLASH: open_dflash, EAGLE: open_eagle}
 
 
 def dtype_name(module: nn.Module) -> str:

@@ -27,7 +27,7 @@ from core.models.dflash import Drafter
 from core.train.batch import IGNORE, Batch
 from draft_training.anchors import DraftBatch, gathered
 from draft_training.config import Labels, LossConfig
-from draft_training.replay import hidden_at
+from draft_training.replay import hidden_slots
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,8 @@ def make_loss(target: Target, config: LossConfig) -> Callable[[nn.Module, Batch]
         ids, position, anchors = batch.input_ids_BT, batch.position_ids_BT, batch.anchors_RA
         drafts = drafter.config.drafts
         last, features = batch.capture(target)
-        hidden = hidden_at(drafter, target, ids, position, features, anchors)[:, :, 1:].flatten(0, 2)
+        hidden = hidden_slots(drafter, target, ids, position, features, anchors).flatten(0, 2)
+        pairs = isinstance(drafter, Drafter) and drafter.selector is not None
         labels = gathered(batch.labels_BT, position, anchors, drafts)
         place = (anchors.clamp(min=0)[..., None] + torch.arange(drafts, device=ids.device)).clamp(max=ids.shape[1] - 1)
         soft = config.kl > 0 or config.labels is Labels.target
@@ -186,12 +187,12 @@ def make_loss(target: Target, config: LossConfig) -> Callable[[nn.Module, Batch]
         slots = Slots(labels.flatten(), teacher if soft else None, drafts)
         head = target.head.weight.detach()
         loss, ce, kl, leading, values, best, used = ChunkedDraftLoss.apply(
-            hidden, head, slots, config, drafter.config.selector_top_k
+            hidden, head, slots, config, drafter.config.selector_top_k if pairs else 0
         )
         stats = {"ce": ce, "leading": leading, "blocks": (labels[..., 0] != IGNORE).sum()}
         if soft:
             stats["kl"] = kl
-        if drafter.selector is not None:
+        if pairs:
             before = ids.gather(1, place.flatten(1)).flatten()
             pair, right = selector_loss(drafter, target.embedding.weight.detach(), hidden, before, used, values, best)
             loss = loss + config.selector * pair

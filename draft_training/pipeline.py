@@ -17,8 +17,8 @@ from torch import Tensor
 
 from core.generate.decode import PlainGenerator
 from core.generate.target import Target
-from core.models.dflash import Drafter
 from core.models.dflash_io import save_drafter, target_identity
+from core.models.drafters import AnyDrafter, empty
 from core.models.fingerprint import fingerprint
 from core.models.load import LoadedModel
 from core.models.ops import EAGER
@@ -28,7 +28,7 @@ from core.train.engine import Engine
 from core.train.engines import build_engine, start_processes
 from core.train.loop import Loop, NoHook, rows_per_rank
 from core.train.tracker import make_tracker
-from draft_training.build import drafter_config, load_target, make_drafter, target_folder, target_of
+from draft_training.build import drafter_config, load_target, make_drafter, shape_text, target_folder, target_of
 from draft_training.config import DraftTrainConfig
 from draft_training.data import DraftData, make_data
 from draft_training.features import FeatureStream, write_features
@@ -57,13 +57,13 @@ def train(config: DraftTrainConfig, resolved: str) -> Run:
     data = make_data(config, loaded.tokenizer, drafter.config.vocab_size, drafter.config.drafts, rank, world)
     if rank == 0:
         print(plan_text(config, drafter, loaded, data))
-    run = start_run(config.run, "draft", "dflash", resolved, config.train.seed, rank)
+    run = start_run(config.run, "draft", config.draft.kind.value, resolved, config.train.seed, rank)
     run.update(target=str(folder.resolve()), target_fingerprint=made_for)
     target = target_of(loaded, drafter)
     run.update(replies=replies)
     micro = config.train.batch_size // world // rows_per_rank(config.train, world)
     if config.train.compile:
-        for layer in (*drafter.layers, *loaded.model.model.layers):
+        for layer in (*drafter.decoder_layers(), *loaded.model.model.layers):
             layer.compile()
     engine = build_engine(
         drafter, make_loss(target, config.loss), config.optim, config.parallel, micro_batches=micro, device=place
@@ -133,7 +133,7 @@ def stored_features(
 class Evaluator:
     """Teacher-forced acceptance on held-out replies: pooled tau by domain."""
 
-    def __init__(self, target: Target, drafter: Drafter, held_out: dict[str, list[Text]]) -> None:
+    def __init__(self, target: Target, drafter: AnyDrafter, held_out: dict[str, list[Text]]) -> None:
         self.target, self.drafter, self.held_out = target, drafter, held_out
 
     def __call__(self, step: int) -> dict[str, Any]:  # noqa: ARG002
@@ -179,7 +179,7 @@ def finish(run: Run, evaluator: Evaluator) -> str:
     return "\n".join([*lines, f"\nWritten: {run.folder} (model/, report.json, metrics.jsonl)"])
 
 
-def plan_text(config: DraftTrainConfig, drafter: Drafter, loaded: LoadedModel, data: DraftData | None) -> str:
+def plan_text(config: DraftTrainConfig, drafter: AnyDrafter, loaded: LoadedModel, data: DraftData | None) -> str:
     """Geometry, what is trained, and the sizes that decide memory."""
     c = drafter.config
     trained = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
@@ -188,9 +188,8 @@ def plan_text(config: DraftTrainConfig, drafter: Drafter, loaded: LoadedModel, d
     features = rows * config.data.seq_len * len(c.taps) * c.hidden_size * 2
     held = sum(len(t) for t in data.held_out.values()) if data else 0
     return (
-        f"Drafter: {c.num_hidden_layers} layers of width {c.hidden_size}, {trained:,} trained parameters; block "
-        f"{c.block_size}, window {c.window}, taps {list(c.taps)} of {c.num_target_layers} layers"
-        f"{', selector' if c.selector_rank else ''}\n"
+        f"Drafter: {len(drafter.decoder_layers())} layers of width {c.hidden_size}, {trained:,} trained parameters; "
+        f"{shape_text(c)}\n"
         f"A step: {config.train.batch_size} rows x {config.data.seq_len} tokens, {config.anchors} anchors a row; a "
         f"forward: {slots:,} slots, {features / 1e6:,.0f} MB of features, about "
         f"{16 * trained / 1e6:,.0f} MB for weights and optimiser\n"
@@ -207,7 +206,7 @@ def dry_run(config: DraftTrainConfig) -> str:
     loaded = LoadedModel(model, model.config, load_tokenizer(folder), (), folder)
     del carried
     with torch.device("meta"):
-        drafter = Drafter(drafter_config(config.draft, loaded))
+        drafter = empty(drafter_config(config.draft, loaded))
     return f"Target: {folder}\n{plan_text(config, drafter, loaded, None)}"
 
 

@@ -13,15 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from core.generate.dflash import walk
+from core.generate.dflash import CANDIDATES, Walked, walk
 from core.generate.interface import Prompt, Reply
 from core.generate.rounds import Round
 from core.generate.sampling import Sampling
 from core.generate.target import Target
 from core.models.dflash import Drafter
 from core.models.dflash_mask import additive, dense, sparse
+from core.models.drafters import AnyDrafter
+from core.models.eagle import EagleDrafter
 from core.models.ops import FLEX
 from core.train.batch import document_ids
+from draft_training.eagle import drafted_chains, trained_chains
 
 GREEDY = Sampling()
 
@@ -48,6 +51,28 @@ def hidden_at(
     return drafter(x.flatten(1, 2), position.flatten(1), context, masks).unflatten(1, x.shape[1:3])
 
 
+def hidden_slots(
+    drafter: AnyDrafter, target: Target, ids_RT: Tensor, position_RT: Tensor, features_RTF: Tensor, anchor_RA: Tensor
+) -> Tensor:
+    """What training scores: hidden states [R, A, K, G] of the drafted slots, by either kind of drafter."""
+    if isinstance(drafter, EagleDrafter):
+        return trained_chains(drafter, target, ids_RT, position_RT, features_RTF, anchor_RA)
+    return hidden_at(drafter, target, ids_RT, position_RT, features_RTF, anchor_RA)[:, :, 1:]
+
+
+def drafts_at(
+    drafter: AnyDrafter, target: Target, ids_RT: Tensor, position_RT: Tensor, features_RTF: Tensor, anchor_RA: Tensor
+) -> Walked:
+    """Greedy drafts at every anchor, by either kind: tokens and probability [R, A, K], candidates [R, A, K, C]."""
+    if isinstance(drafter, EagleDrafter):
+        return drafted_chains(drafter, target, ids_RT, position_RT, features_RTF, anchor_RA, CANDIDATES)
+    hidden = hidden_slots(drafter, target, ids_RT, position_RT, features_RTF, anchor_RA)
+    anchor = ids_RT.gather(1, anchor_RA.clamp(min=0))
+    found = walk(drafter, target, hidden.flatten(0, 1), anchor.flatten(), GREEDY, None)
+    shaped = [t.unflatten(0, anchor_RA.shape) for t in (found.tokens, found.probability, found.candidates)]
+    return Walked(shaped[0], shaped[1], None, shaped[2])
+
+
 @dataclass(frozen=True)
 class Replayed:
     """Of one text: drafts, their probability and candidates at every anchor of the reply.
@@ -66,7 +91,12 @@ class Replayed:
 
 @torch.no_grad()
 def replay(
-    target: Target, drafter: Drafter, texts: list[tuple[Prompt, Reply]], *, row_tokens: int = 4096, anchors: int = 128
+    target: Target,
+    drafter: AnyDrafter,
+    texts: list[tuple[Prompt, Reply]],
+    *,
+    row_tokens: int = 4096,
+    anchors: int = 128,
 ) -> Iterator[Replayed]:
     """Drafts at every position of each reply; texts are grouped by length into padded rows.
 
@@ -81,7 +111,7 @@ def replay(
 
 
 def replay_rows(
-    target: Target, drafter: Drafter, rows: list[tuple[Prompt, Reply]], longest: int, anchors: int
+    target: Target, drafter: AnyDrafter, rows: list[tuple[Prompt, Reply]], longest: int, anchors: int
 ) -> Iterator[Replayed]:
     device = target.device
     ids = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -99,10 +129,8 @@ def replay_rows(
         first = torch.tensor(starts, device=device)[:, None] + at
         last = torch.tensor([s + c - 1 for s, c in zip(starts, counts, strict=True)], device=device)[:, None]
         place = torch.minimum(first + torch.arange(width, device=device), last)
-        hidden = hidden_at(drafter, target, ids, position, features, place)[:, :, 1:]
-        anchor = ids.gather(1, place)
-        found = walk(drafter, target, hidden.flatten(0, 1), anchor.flatten(), GREEDY, None)
-        shaped = [t.unflatten(0, place.shape).cpu() for t in (found.tokens, found.probability, found.candidates)]
+        found = drafts_at(drafter, target, ids, position, features, place)
+        shaped = [t.cpu() for t in (found.tokens, found.probability, found.candidates)]
         for row, count in enumerate(counts):
             if at < count:
                 keep = min(width, count - at)

@@ -8,11 +8,12 @@ import sys
 from core.config import Command, entry
 from draft_training.config import DraftTrainConfig, check
 
-HELP = """Train a DFlash drafter against the model it will draft for.
+HELP = """Train a drafter (DFlash, or its autoregressive baseline) against the model it will draft for.
 
   python -m draft_training.train +experiment=mimo_dflash                    for the newest QAT run, on any machine
   python -m draft_training.train +experiment=mimo_dflash target.path=DIR replies.path=REPLIES
   python -m draft_training.train +experiment=mimo_dflash draft=hf           what transformers computes, for its export
+  python -m draft_training.train +experiment=mimo_eagle                     the baseline: one layer, chained
   python -m draft_training.train run.resume=latest                          continue after an interruption
   python -m draft_training.regenerate target.path=DIR data=jsonl out=REPLIES    the target's own replies first
   python -m draft_training.acceptance target.path=DIR drafter.path=RUN          measure what came out

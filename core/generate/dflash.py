@@ -29,6 +29,23 @@ class Walked:
     candidates: Tensor
 
 
+def argmax_slots(logits: Tensor, count: int) -> Walked:
+    """Every slot's best token, its probability and `count` candidates, from logits [..., V]; drawn without chance."""
+    best = logits.to(torch.float32).topk(count, dim=-1)
+    probability = (best.values[..., 0] - logits.to(torch.float32).logsumexp(-1)).exp()
+    return Walked(best.indices[..., 0], probability, None, best.indices)
+
+
+def refuse_other_target(vocab: int, hidden: int, target: Target) -> None:
+    """ConfigError for a target of another vocabulary or width than the drafter's."""
+    size = tuple(target.embedding.weight.shape)
+    if (vocab, hidden) != size:
+        raise ConfigError(
+            f"the drafter was made for a target of vocabulary {vocab} and width {hidden}; "
+            f"this one has {size[0]} and {size[1]}"
+        )
+
+
 def walk(
     drafter: Drafter, target: Target, hidden_RKG: Tensor, anchor_R: Tensor, sampling: Sampling,
     noise: torch.Generator | None,
@@ -40,10 +57,9 @@ def walk(
     """
     logits = target.head(hidden_RKG)
     count = drafter.config.selector_top_k or min(CANDIDATES, logits.shape[-1])
-    best = logits.to(torch.float32).topk(count, dim=-1)
     if drafter.selector is None:
-        probability = (best.values[..., 0] - logits.to(torch.float32).logsumexp(-1)).exp()
-        return Walked(best.indices[..., 0], probability, None, best.indices)
+        return argmax_slots(logits, count)
+    best = logits.to(torch.float32).topk(count, dim=-1)
     selector, before = drafter.selector, target.embedding(anchor_R)
     right = selector.right(target.embedding(best.indices))
     tokens, chances, dense = [], [], []
@@ -68,12 +84,7 @@ class DFlashProposer:
 
     def __init__(self, drafter: Drafter, target: Target) -> None:
         config = drafter.config
-        size = target.embedding.weight.shape
-        if (config.vocab_size, config.hidden_size) != tuple(size):
-            raise ConfigError(
-                f"the drafter was made for a target of vocabulary {config.vocab_size} and width {config.hidden_size}; "
-                f"this one has {size[0]} and {size[1]}"
-            )
+        refuse_other_target(config.vocab_size, config.hidden_size, target)
         self.drafter, self.target = drafter, target
         self.taps, self.drafts = config.taps, config.drafts
 

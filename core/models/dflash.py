@@ -47,6 +47,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned * cos + torch.cat((-right, left), dim=-1) * sin, rest), dim=-1)
 
 
+def angles(position_RN: Tensor, size: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(cos, sin) [R, 1, N, size] of absolute positions, computed in FP32."""
+    step = torch.arange(0, size, 2, dtype=torch.float32, device=position_RN.device) / size
+    angle = position_RN[:, None, :, None].to(torch.float32) * (1.0 / theta**step)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, config: DFlashConfig, layer: int) -> None:
         super().__init__()
@@ -80,9 +88,8 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: DFlashConfig) -> None:
+    def __init__(self, size: int, width: int) -> None:
         super().__init__()
-        size, width = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(size, width, bias=False)
         self.up_proj = nn.Linear(size, width, bias=False)
         self.down_proj = nn.Linear(width, size, bias=False)
@@ -95,7 +102,7 @@ class Layer(nn.Module):
     def __init__(self, config: DFlashConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config.hidden_size, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -150,11 +157,7 @@ class Drafter(nn.Module):
 
     def rotary(self, position_RN: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos, sin) [R, 1, N, rotated dims], computed in FP32."""
-        size = self.config.rotary_dims
-        step = torch.arange(0, size, 2, dtype=torch.float32, device=position_RN.device) / size
-        angle = position_RN[:, None, :, None].to(torch.float32) * (1.0 / self.config.rope_theta**step)
-        angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos().to(dtype), angle.sin().to(dtype)
+        return angles(position_RN, self.config.rotary_dims, self.config.rope_theta, dtype)
 
     def fuse(self, features_RTF: Tensor) -> Tensor:
         """Outputs of the tapped layers, concatenated -> context [R, T, G], shared by all layers."""

@@ -108,7 +108,7 @@ def check(c: DFlashConfig) -> None:
             raise ConfigError(f"drafter {key}={getattr(c, key)!r}: expected {rule}")
 
 
-def check_types(c: DFlashConfig) -> None:
+def check_types(c: Any) -> None:
     """ConfigError for a value of another type than its field's, or a float that is not finite (files have them)."""
     for field in fields(c):
         value, several = getattr(c, field.name), get_args(field.type)
@@ -125,18 +125,24 @@ def from_dict(raw: dict[str, Any], where: str) -> DFlashConfig:
     Raises:
         CheckpointError: another model type, or a missing or unknown key; says which.
     """
+    known = exact_keys(DFlashConfig, MODEL_TYPE, raw, where)
+    try:
+        return DFlashConfig(**known)
+    except TypeError as error:
+        raise CheckpointError(f"{where}: taps or layer_types is no list ({error}); export the drafter again") from error
+
+
+def exact_keys(schema: Any, wanted: str, raw: dict[str, Any], where: str) -> dict[str, Any]:
+    """Values of a config.json that says model_type=`wanted` and has the fields of `schema`, all and no other."""
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if model_type != MODEL_TYPE:
-        raise CheckpointError(f"{where}: model_type={model_type!r} is no drafter of ours; convert it first")
-    known = {f.name for f in fields(DFlashConfig)}
+    if model_type != wanted:
+        raise CheckpointError(f"{where}: model_type={model_type!r}, expected {wanted}; convert other drafters first")
+    known = {f.name for f in fields(schema)}
     given = set(raw) - {"model_type"}
     if given != known:
         wrong = min(given ^ known)
         raise CheckpointError(f"{where}: key {wrong!r} is {'unknown' if wrong in given else 'missing'}")
-    try:
-        return DFlashConfig(**{k: raw[k] for k in known})
-    except TypeError as error:
-        raise CheckpointError(f"{where}: taps or layer_types is no list ({error}); export the drafter again") from error
+    return {k: raw[k] for k in known}
 
 
 def spread_taps(layers: int, count: int, full: tuple[int, ...] = ()) -> tuple[int, ...]:

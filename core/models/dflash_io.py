@@ -5,8 +5,9 @@ there is one, `selector.*`. Written whole or not at all.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,13 +23,18 @@ WEIGHTS, CONFIG, PAIRING = "model.safetensors", "config.json", "drafter.json"
 NEAR_ZERO = 1e-6  # root mean square of a mask embedding below which drafts collapse
 
 
-def save_drafter(
-    tensors: dict[str, torch.Tensor], config: DFlashConfig, out: Path | str, pairing: dict[str, Any]
-) -> None:
+class Described(Protocol):
+    """A drafter's configuration of any kind."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+def save_drafter(tensors: dict[str, torch.Tensor], config: Described, out: Path | str, pairing: dict[str, Any]) -> None:
     """Write a drafter folder; an existing one is replaced only when the new one is complete.
 
     Args:
-        tensors: the state dict of `Drafter(config)`. pairing: what drafter.json says of target and training.
+        tensors: the state dict of the drafter that `config` describes. pairing: what drafter.json says of target and
+            training.
     """
     with replacing(Path(out)) as part:
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, part / WEIGHTS)
@@ -36,13 +42,17 @@ def save_drafter(
         write_text(part / CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
 
 
-def read_drafter_config(folder: Path | str) -> DFlashConfig:
+def read_raw_config(folder: Path | str) -> Any:
+    """config.json as it is. Raises CheckpointError where it is missing or no JSON."""
     path = Path(folder) / CONFIG
     try:
-        raw = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read as a drafter's configuration: {error}") from error
-    return from_dict(raw, str(path))
+
+
+def read_drafter_config(folder: Path | str) -> DFlashConfig:
+    return from_dict(read_raw_config(folder), str(Path(folder) / CONFIG))
 
 
 def read_pairing(folder: Path | str) -> dict[str, Any]:
@@ -85,7 +95,11 @@ def read_drafter(folder: Path | str) -> tuple[DFlashConfig, dict[str, torch.Tens
 def check_tensors(tensors: dict[str, torch.Tensor], config: DFlashConfig, where: str) -> None:
     """CheckpointError naming the first tensor that is missing, too many, or of another shape than the config says."""
     with torch.device("meta"):
-        shapes = {n: tuple(t.shape) for n, t in Drafter(config).state_dict().items()}
+        match_shapes(tensors, Drafter(config).state_dict(), where)
+
+
+def match_shapes(tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor], where: str) -> None:
+    shapes = {n: tuple(t.shape) for n, t in wanted.items()}
     found = {n: tuple(t.shape) for n, t in tensors.items()}
     if found != shapes:
         name = min(n for n in shapes.keys() | found.keys() if shapes.get(n) != found.get(n))

@@ -1,14 +1,20 @@
-"""The drafter on a GPU: block-sparse attention against the written-out mask, forward and backward; the fused loss."""
+"""Drafters on a GPU: block-sparse attention against the written-out mask, forward and backward; the fused loss."""
+
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.models.dflash import Drafter, init_drafter
 from core.models.dflash_config import FULL, SLIDING, DFlashConfig
 from core.models.dflash_mask import additive, dense, sparse
+from core.models.eagle import EagleDrafter, init_eagle
+from core.models.eagle_config import EagleConfig
 from core.models.ops import EAGER, FLEX
 from draft_training.config import LossConfig
+from draft_training.eagle import trained_chains
 from draft_training.losses import chunk_loss, compiled_chunk_loss
 
 pytestmark = [
@@ -59,6 +65,42 @@ def test_block_sparse_attention_is_the_written_out_one(tokens: int, anchors: int
 
     truth = run(exact, torch.float32, flex=False)
     half = Drafter(config).to("cuda", torch.bfloat16)
+    half.load_state_dict(exact.state_dict())
+    plain, fast = run(half, torch.bfloat16, flex=False), run(half, torch.bfloat16, flex=True)
+    for e, p, f in zip(truth, plain, fast, strict=True):
+        limit = (p - e).square().mean().sqrt() * (1.1 + 3 / e.numel() ** 0.5) + 1e-6 * e.abs().max()
+        assert (f - e).square().mean().sqrt() <= limit
+
+
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize(("tokens", "anchors"), [(300, 31), (1024, 256)])
+def test_block_sparse_chains_are_the_written_out_ones(tokens: int, anchors: int, window: int) -> None:
+    """Seven chained steps and their gradients, held to the bound of the test above."""
+    torch.manual_seed(0)
+    config = EagleConfig(
+        hidden_size=128, intermediate_size=256, num_attention_heads=6, num_key_value_heads=2, head_dim=64,
+        vocab_size=64, num_target_layers=8, taps=(1, 4), drafts=7, window=window,
+    )  # fmt: skip
+    exact = EagleDrafter(config).cuda()
+    init_eagle(exact)
+    embedding = nn.Embedding(64, 128).cuda().requires_grad_(False)
+    ids = torch.randint(0, 64, (2, tokens), device="cuda")
+    position = torch.cat([torch.arange(tokens // 3), torch.arange(tokens - tokens // 3)]).expand(2, -1).cuda()
+    able = (position[0] > 0).nonzero()[:, 0]
+    anchor = torch.stack([able[torch.randperm(len(able), device="cuda")[:anchors]].sort().values for _ in range(2)])
+    features = torch.randn(2, tokens, 256, device="cuda")
+
+    def run(drafter: EagleDrafter, dtype: torch.dtype, flex: bool) -> list[Tensor]:
+        drafter.ops = FLEX if flex else EAGER
+        drafter.zero_grad()
+        target: Any = SimpleNamespace(embedding=lambda at: embedding(at).to(dtype))
+        hidden = trained_chains(drafter, target, ids, position, features.to(dtype), anchor)
+        weight = torch.linspace(-1, 1, hidden.numel(), device="cuda", dtype=dtype).view_as(hidden)
+        (hidden * weight).sum().backward()
+        return [hidden.detach().float(), *(p.grad.float() for p in drafter.parameters() if p.grad is not None)]
+
+    truth = run(exact, torch.float32, flex=False)
+    half = EagleDrafter(config).to("cuda", torch.bfloat16)
     half.load_state_dict(exact.state_dict())
     plain, fast = run(half, torch.bfloat16, flex=False), run(half, torch.bfloat16, flex=True)
     for e, p, f in zip(truth, plain, fast, strict=True):

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from core.models.dflash_io import load_drafter, read_pairing
+from core.models.eagle_io import load_eagle
 from tests.integration.conftest import Cli
 from tests.integration.test_bad_input import one_line
 
@@ -74,9 +75,38 @@ def test_acceptance_of_the_drafter(cli: Cli, drafted: Path, finished: Path) -> N
     assert "teacher-forced" in done.stdout
 
 
+def test_the_autoregressive_baseline(cli: Cli, drafted: Path, finished: Path) -> None:
+    """Trained on the same replies by the same loop, resumed in the same bits, measured beside the other kind."""
+    words = ("+experiment=mimo_eagle", "+debug=tiny_draft", f"target.path={finished}", "train.keep_last=9")
+    done = cli(*words, "run.name=chained", module=TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert "EAGLE, chain of 3, all keys" in done.stdout and "tokens a round on held-out replies" in done.stdout
+    run = cli.root / "chained"
+    assert json.loads((run / "report.json").read_text())["teacher_forced"]["code"]["rounds"] > 0
+    replies = [r for r in cli.cache.glob("replies-*") if (r / "replies.json").exists()]
+    assert len(replies) == 1, "both kinds read the same replies"
+    assert load_eagle(run / "model").config.taps == load_drafter(drafted / "model").config.taps
+    whole, logged = load_file(run / "model" / "model.safetensors"), metrics(run)
+    for path in (run / "model", run / "checkpoints" / "step-00000006"):
+        shutil.rmtree(path)
+    again = cli(*words, "run.resume=chained", module=TRAIN)
+    assert again.returncode == 0, again.stderr
+    found = load_file(run / "model" / "model.safetensors")
+    assert all(whole[n].equal(found[n]) for n in whole) and metrics(run) == logged
+    measured = cli(f"target.path={finished}", f"drafter.path={run}", f"drafter.other={drafted}", "prompts.limit=3",
+                   "prompts.max_tokens=16", "sampling.max_new_tokens=12", "prompts.max_bytes=100000", "bootstrap=50",
+                   "run.name=both", module="draft_training.acceptance")  # fmt: skip
+    assert measured.returncode == 0, measured.stderr
+    report = json.loads((cli.root / "both" / "report.json").read_text())
+    assert report["setup"]["drafter"]["kind"] == "eagle" and report["setup"]["drafter"]["made_for_this_target"] is True
+    assert report["same_text"]["drafter"]["equal"] == report["same_text"]["drafter"]["total"] > 0
+    assert (cli.root / "both" / "rounds-other_drafter.jsonl").stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (("draft.kind=medusa",), ("draft.kind", "medusa")),
         (("draft.window=2",), ("window=2", "block_size=4")),
         (("draft.taps=[0,9]",), ("taps", "9")),
         (("draft.block_size=1",), ("block_size=1", "at least 2")),
