@@ -6,7 +6,7 @@ A layer is norm, attention, norm, feed-forward. The families differ in what is l
 MiMo-V2      window and full layers, sinks in window layers,       sigmoid, correction bias      silu(gate) * up
              values scaled, part of a head rotated, D != V
 Qwen3-MoE    RMSNorm on each head's query and key                  softmax, then top-k           silu(gate) * up
-GPT-OSS      window and full layers in turn, sinks, biases, YaRN   top-k, then softmax; bias     clamped, (up + 1), biases
+GPT-OSS      window and full layers in turn, sinks, biases, YaRN   top-k, then softmax; bias     clamped, (up + 1), bias
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from kernels.router import Rule
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -21,7 +22,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from core.errors import UnsupportedError
 from core.models.mimo_v2_config import SPARSE, WINDOW, MiMoV2Config
 from kernels.moe_mxfp4 import Activation
-from kernels.router import Rule
 
 SILU = "silu"
 ROPES = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of the text
@@ -135,9 +135,7 @@ def qwen3_moe(config: Any) -> Geometry:
 
 def gpt_oss(config: Any) -> Geometry:
     kv, window = config.num_key_value_heads, config.sliding_window
-    layers = tuple(
-        LayerSpec(kv, window if kind == WINDOW else None, True, True, "all") for kind in config.layer_types
-    )
+    layers = tuple(LayerSpec(kv, window if kind == WINDOW else None, True, True, "all") for kind in config.layer_types)
     return Geometry(
         **common(config), family="gpt_oss", value_dim=head_dim(config), rotary_dims=head_dim(config),
         value_scale=1.0, qk_norm=False, layers=layers, frequencies={"all": rope(config)}, router="router",

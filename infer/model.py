@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from kernels.qkv_rope import Heads
 from torch import Tensor
 
 from infer.cache import KVCache, Step
@@ -19,7 +20,6 @@ from infer.ops import Ops
 from infer.parallel import Ranks
 from infer.weights import LayerWeights, Weights
 from kernels.moe_mxfp4 import DenseWeights
-from kernels.qkv_rope import Heads
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,7 @@ class Model:
         return self.ranks.gather_vocabulary(logits, self.geometry.vocab_size)
 
     @torch.no_grad()
-    def forward(
-        self, step: Step, cache: KVCache, watch: Callable[[int, Tensor], None] | None = None
-    ) -> Computed:
+    def forward(self, step: Step, cache: KVCache, watch: Callable[[int, Tensor], None] | None = None) -> Computed:
         """Write the tokens' keys and values, return what was asked for.
 
         watch: called with (layer, its output [T, G]) after every layer, for validation.

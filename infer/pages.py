@@ -20,7 +20,7 @@ from core.errors import ConfigError
 NOWHERE = -1  # a page that slid out of the window
 
 
-class OutOfPages(Exception):  # noqa: N818 - a condition that the scheduler handles, not an error of the user
+class OutOfPages(Exception):
     """A pool has no page left."""
 
 
@@ -193,9 +193,7 @@ def chain(ids: Sequence[int], size: int, pages: int) -> list[bytes]:
     return digests
 
 
-def plan_pools(
-    windows: Sequence[int | None], *, size: int, tokens: int, rows: int, step_tokens: int
-) -> list[Pool]:
+def plan_pools(windows: Sequence[int | None], *, size: int, tokens: int, rows: int, step_tokens: int) -> list[Pool]:
     """Pools for the distinct windows of a model and its drafter.
 
     Args:

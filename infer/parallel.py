@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 8 -m infer.generate ...
 
-Every rank runs the same scheduler on the same requests, so no step needs a message but the sums and the logits. Requests
-that arrive at rank 0 alone (the server) are broadcast before each step.
+Every rank runs the same scheduler on the same requests, so no step needs a message but the sums and the logits.
+Requests that arrive at rank 0 alone (the server) are broadcast before each step.
 
 A rank that dies leaves the others waiting inside a collective, which cannot be interrupted from Python; so every rank
 writes a heartbeat into the launcher's store, and a watcher thread ends the process in one line when another's stops.
@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from kernels.all_reduce import Peers, all_reduce_norm
+from kernels.rms_norm import rms_norm
 from torch import Tensor
 
 from core.errors import ConfigError
 from infer.shard import Shard
-from kernels.all_reduce import Peers, all_reduce_norm
-from kernels.rms_norm import rms_norm
 
 BEAT = 1.0  # seconds between heartbeats
 DEAD = 15.0  # without one for this long a rank counts as dead
@@ -142,9 +142,7 @@ def beat(store: Any, rank: int, world: int, dead: Callable[[str], None]) -> None
             count += 1
             for other, (last, since) in seen.items():
                 value = store.get(f"beat/{other}") if store.check([f"beat/{other}"]) else b""
-                if value == b"left":
-                    seen[other] = (value, time.monotonic())
-                elif value != last:
+                if value == b"left" or value != last:
                     seen[other] = (value, time.monotonic())
                 elif time.monotonic() - since > DEAD:
                     dead(f"rank {other} died: no sign of it for {DEAD:.0f} s; rank {rank} stops. Look at its output.")

@@ -50,7 +50,8 @@ class Shard:
 
     def inner(self, size: int) -> tuple[int, int, int]:
         """(first, last + 1, width): the rank's part of an inner dimension, and the width all ranks pad theirs to."""
-        width = -(-(-(-size // BLOCK)) // self.world) * BLOCK if self.world > 1 else size
+        blocks = -(-size // BLOCK)
+        width = -(-blocks // self.world) * BLOCK if self.world > 1 else size
         return min(self.rank * width, size), min((self.rank + 1) * width, size), width
 
     def vocabulary(self, size: int) -> tuple[int, int, int]:
