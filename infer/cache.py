@@ -47,17 +47,22 @@ class Step:
 
 
 class KVCache:
-    """keys and values of every layer, zeroed (a page is read only where it was written, but zeros cannot be NaN)."""
+    """keys and values of every layer, zeroed (a page is read only where it was written, but zeros cannot be NaN).
+
+    Each has one page more than its pool, number `pool.pages`: rows that only fill a captured graph write there.
+    """
 
     def __init__(
         self, layers: Sequence[LayerShape], pools: Sequence[Pool], dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layers = tuple(layers)
+        self.size = pools[0].size
+        self.spare = tuple(pool.pages for pool in pools)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for layer in layers:
             pool = pools[layer.group]
-            shape = (pool.pages, pool.size, layer.kv_heads)
+            shape = (pool.pages + 1, pool.size, layer.kv_heads)
             self.keys.append(torch.zeros(*shape, layer.head_dim, dtype=dtype, device=device))
             self.values.append(torch.zeros(*shape, layer.value_dim, dtype=dtype, device=device))
 

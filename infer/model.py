@@ -54,7 +54,7 @@ class Model:
             for kv in (shard.kv_heads(spec.kv_heads) for spec in g.layers)
         ]  # fmt: skip
 
-    def embed(self, ids: Tensor) -> Tensor:
+    def embedding(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weights.embedding)
 
     def head(self, x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class Model:
         g, eps = self.geometry, self.geometry.eps
         layers = self.weights.layers
         norms = [layer.input_norm for layer in layers[1:]] + [self.weights.norm]
-        stream = self.embed(step.ids)
+        stream = self.embedding(step.ids)
         x = self.ops.rms_norm(stream, layers[0].input_norm, eps)
         tapped = []
         for index, (spec, layer) in enumerate(zip(g.layers, layers, strict=True)):

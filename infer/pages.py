@@ -103,13 +103,13 @@ class PageBook:
         """Share of pages held by requests, of the fullest pool."""
         return max(len(p.held) / p.pages for p in self.pools)
 
-    def fits(self, tokens: int, extra: int) -> bool:
-        """Whether a request of `tokens` positions, stepping at most `extra` at a time, could run alone."""
-        return all(self.worst(pool, tokens, extra) <= pool.pages for pool in self.pools)
+    def fits(self, tokens: int, step: int, ahead: int) -> bool:
+        """Whether a request of `tokens` could run alone, reading `step` at a time and writing `ahead` of its end."""
+        return all(self.worst(pool, tokens + ahead, step + ahead) <= pool.pages for pool in self.pools)
 
-    def worst(self, pool: Pool, tokens: int, extra: int) -> int:
-        whole = -(-(tokens + extra) // self.size)
-        return whole if pool.window is None else min(whole, -(-(pool.window + extra) // self.size) + 1)
+    def worst(self, pool: Pool, positions: int, step: int) -> int:
+        whole = -(-positions // self.size)
+        return whole if pool.window is None else min(whole, -(-(pool.window + step) // self.size) + 1)
 
     def open(self, ids: Sequence[int], reuse: bool) -> tuple[Table, int]:
         """A table for a new request, and how many of its first tokens are cached. At least one token is left over."""
@@ -137,6 +137,19 @@ class PageBook:
             if all(run >= count - p.first_seen(count * self.size) for run, p in zip(runs, self.pools, strict=True)):
                 best = count
         return best
+
+    def holds(self, table: Table, positions: int) -> bool:
+        """Whether the pages that a request needs at once, read up to `positions`, are there now."""
+        need = -(-positions // self.size)
+        return all(
+            min(need - len(pages), pool.pages if pool.window is None else self.row(pool)) <= pool.available
+            for pool, pages in zip(self.pools, table.pages, strict=True)
+        )
+
+    def row(self, pool: Pool) -> int:
+        """Pages of a request in a group with a window, between two steps."""
+        assert pool.window is not None
+        return -(-pool.window // self.size) + 1
 
     def reserve(self, table: Table, positions: int) -> None:
         """Pages for positions 0 .. positions - 1.
@@ -193,12 +206,14 @@ def chain(ids: Sequence[int], size: int, pages: int) -> list[bytes]:
     return digests
 
 
-def plan_pools(windows: Sequence[int | None], *, size: int, tokens: int, rows: int, step_tokens: int) -> list[Pool]:
+def plan_pools(
+    windows: Sequence[int | None], *, size: int, tokens: int, rows: int, step_tokens: int, ahead: int
+) -> list[Pool]:
     """Pools for the distinct windows of a model and its drafter.
 
     Args:
-        tokens: positions that groups without a window hold in all. rows: requests at once. step_tokens: most positions
-            one request advances in a step.
+        tokens: positions that groups without a window hold in all. rows: requests at once. step_tokens: of all requests
+            together. ahead: positions that a round writes beyond a request's last token.
     Window groups get what `rows` requests can need, and as much again for the prefix cache, but never more than a group
     without a window.
     """
@@ -210,6 +225,6 @@ def plan_pools(windows: Sequence[int | None], *, size: int, tokens: int, rows: i
         if window is None:
             pools.append(Pool(whole, size, None))
         else:
-            row = -(-(window + step_tokens) // size) + 1
-            pools.append(Pool(min(whole, 2 * rows * row), size, window))
+            row = -(-(window + ahead) // size) + 1
+            pools.append(Pool(min(whole, 2 * rows * row + -(-step_tokens // size)), size, window))
     return pools

@@ -8,7 +8,7 @@ Legend: E experts, I inner size, G hidden size, N output rows, K reduction dim.
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from core.checkpoint.keymap import Kind, Recipe
 from core.checkpoint.reader import Reader
 from core.errors import UnsupportedError
 from core.models.build import build_meta, read_config
+from core.models.fingerprint import EDGE, Ends, digest, ends_of
 from core.models.load import plan_reader
 from core.mxfp4 import BLOCK, Packed
 from infer.geometry import Geometry, LayerSpec, geometry_of
@@ -78,13 +79,14 @@ class Weights:
 
 @dataclass(frozen=True)
 class Loader:
-    """Reads tensors of the model by the model's own names."""
+    """Reads tensors of the model by the model's own names; `ends` collects what its fingerprint is made of."""
 
     reader: Reader
     geometry: Geometry
     shard: Shard
     dtype: torch.dtype
     device: torch.device
+    ends: dict[str, Ends] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
         return name in self.reader.plan.recipes
@@ -93,6 +95,7 @@ class Loader:
         """A tensor on the CPU, in the runtime's dtype."""
         out = torch.empty(self.reader.shapes[name], dtype=self.dtype)
         self.reader.fill(name, out)
+        self.ends[name] = ends_of(out.shape, out, out)
         return out
 
     def place(self, tensor: Tensor) -> Tensor:
@@ -103,6 +106,7 @@ class Loader:
             return None
         out = torch.empty(self.reader.shapes[name], dtype=dtype or self.dtype)
         self.reader.fill(name, out)
+        self.ends[name] = ends_of(out.shape, out, out)
         return self.place(out)
 
     def layer(self, index: int, spec: LayerSpec) -> LayerWeights:
@@ -181,6 +185,7 @@ class Loader:
         shape = self.reader.shapes[name]
         dense = torch.empty(shape, dtype=torch.bfloat16)
         self.reader.fill(name, dense)
+        self.ends[name] = ends_of(shape, dense, dense)
         if self.geometry.interleaved:  # the family whose files hold [E, K, N]
             dense = dense.transpose(1, 2)
         return on_grid(self.place(dense), self.dtype)
@@ -212,7 +217,18 @@ class Loader:
 
             with ThreadPoolExecutor(READERS) as pool:
                 list(pool.map(read, range(len(recipe.keys))))
+        self.ends[name] = self.packed_ends(name, packed)
         return Packed(self.place(packed.codes), self.place(packed.scales))
+
+    def packed_ends(self, name: str, packed: Packed) -> Ends:
+        """Of the expanded values, in the order in which the model holds them."""
+        n, k = packed.codes.shape[1], packed.codes.shape[2] * 2
+        rows = n if self.geometry.interleaved else min(n, -(-EDGE // k))  # there, K comes before N: whole experts
+        first = decode(Packed(packed.codes[0, :rows], packed.scales[0, :rows]), backend="reference")
+        last = decode(Packed(packed.codes[-1, n - rows :], packed.scales[-1, n - rows :]), backend="reference")
+        if self.geometry.interleaved:
+            first, last = first.T, last.T
+        return ends_of(self.reader.shapes[name], first, last)
 
 
 def on_grid(dense: Tensor, dtype: torch.dtype) -> Packed | Tensor:
@@ -240,9 +256,17 @@ def halves(weight: Packed | Tensor) -> Packed | Tensor:
     return deinterleave(weight)
 
 
-def load_weights(
-    folder: Path | str, *, dtype: torch.dtype, device: torch.device, shard: Shard
-) -> tuple[Weights, Geometry, PreTrainedConfig]:
+@dataclass(frozen=True)
+class Loaded:
+    """One rank's part of a model. fingerprint: of the whole model (core.models.fingerprint)."""
+
+    weights: Weights
+    geometry: Geometry
+    config: PreTrainedConfig
+    fingerprint: str
+
+
+def load_weights(folder: Path | str, *, dtype: torch.dtype, device: torch.device, shard: Shard) -> Loaded:
     """What rank `shard.rank` holds of the model in `folder`.
 
     Raises:
@@ -253,7 +277,8 @@ def load_weights(
     geometry = geometry_of(config)
     shard.check(geometry)
     checkpoint = open_checkpoint(folder)
-    reader = plan_reader(build_meta(config), checkpoint, checkpoint.config.get("model_type", config.model_type))
+    meta = build_meta(config)
+    reader = plan_reader(meta, checkpoint, checkpoint.config.get("model_type", config.model_type))
     loader = Loader(reader, geometry, shard, dtype, device)
     embedding = loader.place(loader.whole("model.embed_tokens.weight"))
     first, last, width = shard.vocabulary(geometry.vocab_size)
@@ -263,4 +288,5 @@ def load_weights(
         head = embedding if shard.world == 1 else padded(embedding[first:last], 0, width)
     layers = tuple(loader.layer(i, spec) for i, spec in enumerate(geometry.layers))
     norm = loader.place(loader.whole("model.norm.weight"))
-    return Weights(embedding, head, norm, layers), geometry, config
+    named = digest((name, loader.ends[name]) for name, _ in meta.named_parameters())
+    return Loaded(Weights(embedding, head, norm, layers), geometry, config, named)

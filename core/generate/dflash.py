@@ -3,7 +3,9 @@
 Legend: R rows, K drafts, B = K + 1 slots, C candidates of a slot, G hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -46,8 +48,17 @@ def refuse_other_target(vocab: int, hidden: int, target: Target) -> None:
         )
 
 
+class Ends(Protocol):
+    """What a drafter borrows of its target: embeddings [..., G] of token ids, and logits [..., V] of hidden states."""
+
+    @property
+    def embedding(self) -> Callable[[Tensor], Tensor]: ...
+    @property
+    def head(self) -> Callable[[Tensor], Tensor]: ...
+
+
 def walk(
-    drafter: Drafter, target: Target, hidden_RKG: Tensor, anchor_R: Tensor, sampling: Sampling,
+    drafter: Drafter, target: Ends, hidden_RKG: Tensor, anchor_R: Tensor, sampling: Sampling,
     noise: torch.Generator | None,
 ) -> Walked:  # fmt: skip
     """Hidden states of the slots -> drafts. Without a selector every slot is decided by itself.
