@@ -39,6 +39,8 @@ class Ranks:
     shard: Shard = field(default_factory=Shard)
     backend: str = "auto"
     peers: Peers | None = None
+    control: Any = None  # the group for objects: gloo, and patient, since an idle server says nothing for days
+    watching: threading.Event | None = None
 
     @property
     def first(self) -> bool:
@@ -63,7 +65,7 @@ class Ranks:
         if self.shard.world == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
 
     def least(self, value: int) -> int:
@@ -71,7 +73,7 @@ class Ranks:
         if self.shard.world == 1:
             return value
         parts: list[Any] = [None] * self.shard.world
-        dist.all_gather_object(parts, value)
+        dist.all_gather_object(parts, value, group=self.control)
         return min(parts)
 
 
@@ -91,9 +93,10 @@ def start(device: torch.device, backend: str, tokens: int, hidden: int) -> Ranks
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10))
     rank = dist.get_rank()
-    watch(rank, world)
+    watching = watch(rank, world)
+    control = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     peers = Peers(dist.group.WORLD, tokens, hidden, device)
-    return Ranks(Shard(rank, world), backend, peers)
+    return Ranks(Shard(rank, world), backend, peers, control, watching)
 
 
 def device_of(name: str) -> torch.device:
@@ -120,41 +123,44 @@ def device_of(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def watch(rank: int, world: int) -> None:
-    """Beat, and end this process when another rank stops beating."""
+def watch(rank: int, world: int) -> threading.Event:
+    """Beat, and end this process when another rank stops beating; until the event is set."""
+    done = threading.Event()
     store = dist.distributed_c10d._get_default_store().clone()
-    threading.Thread(target=beat, args=(store, rank, world, end), daemon=True, name="heartbeat").start()
+    threading.Thread(target=beat, args=(store, rank, world, done, end), daemon=True, name="heartbeat").start()
+    return done
 
 
 def end(message: str) -> None:
-    """From a thread, while the main thread may hang in a collective: nothing but leaving is possible."""
+    """Leave at once: the other threads may hang in a collective, and nothing else is possible."""
     print(message, file=sys.stderr, flush=True)
     os._exit(DEAD_EXIT)
 
 
-def beat(store: Any, rank: int, world: int, dead: Callable[[str], None]) -> None:
-    """Runs until the process ends. A clean end is announced by `leave`, so that nobody takes it for a death."""
+def beat(store: Any, rank: int, world: int, done: threading.Event, dead: Callable[[str], None]) -> None:
+    """Runs until `done`, or until another rank has been silent for DEAD seconds."""
     seen = {r: (b"", time.monotonic()) for r in range(world) if r != rank}
     count = 0
-    while True:
+    while not done.wait(BEAT):
         try:
             store.set(f"beat/{rank}", str(count))
             count += 1
             for other, (last, since) in seen.items():
                 value = store.get(f"beat/{other}") if store.check([f"beat/{other}"]) else b""
-                if value == b"left" or value != last:
+                if value != last:
                     seen[other] = (value, time.monotonic())
-                elif time.monotonic() - since > DEAD:
+                elif time.monotonic() - since > DEAD and not done.is_set():
                     dead(f"rank {other} died: no sign of it for {DEAD:.0f} s; rank {rank} stops. Look at its output.")
                     return
-        except (RuntimeError, OSError):  # the store lives in rank 0's launcher
-            dead(f"rank 0 died (its store is gone); rank {rank} stops. Look at its output.")
+        except (RuntimeError, OSError):  # the store lives in rank 0 or its launcher
+            if not done.wait(BEAT):  # not because all are leaving
+                dead(f"rank 0 died (its store is gone); rank {rank} stops. Look at its output.")
             return
-        time.sleep(BEAT)
 
 
 def leave(ranks: Ranks) -> None:
-    """Say that this rank is done, before the process ends."""
-    if ranks.shard.world > 1 and dist.is_initialized():
+    """Wait for the other ranks and end the group; call it when there is nothing left to do."""
+    if ranks.watching is not None:
         dist.barrier()
+        ranks.watching.set()
         dist.destroy_process_group()

@@ -1,6 +1,7 @@
 """`python -m infer.serve --model DIR`: an OpenAI-compatible server for one model.
 
 python -m infer.serve --model DIR                           http://127.0.0.1:8000/v1, no key
+torchrun --nproc-per-node 8 -m infer.serve --model DIR      one model over eight GPUs
 python -m infer.serve --model DIR --drafter DRAFTER         speculative decoding with a DFlash drafter
 FP4FLASH_API_KEY=… python -m infer.serve --model DIR --host 0.0.0.0 --port 80 --served-model-name mimo
 
@@ -24,8 +25,12 @@ from typing import Any
 
 from aiohttp import web
 
-from core.errors import ConfigError, Fp4FlashError
-from infer.request import Engine
+from core.errors import ConfigError
+from infer.build import build_engine, join
+from infer.command import ending
+from infer.lockstep import LeadEngine, follow
+from infer.options import add_options, options_of
+from infer.parallel import leave
 from infer.server.app import Server, Settings
 
 KEY_VARIABLE = "FP4FLASH_API_KEY"
@@ -54,28 +59,32 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--grace", type=float, default=30.0, help="seconds for requests under way after SIGTERM (default: 30)"
     )
+    add_options(parser)
     return parser.parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     options = arguments(words)
-    try:
-        settings = settings_of(options)
-        tokenizer = tokenizer_of(Path(options.model))
-        asyncio.run(serve(Server(make_engine(options), tokenizer, settings), options))
-    except KeyboardInterrupt:  # while the model was loading
-        return 130
-    except (Fp4FlashError, OSError) as error:
-        print(f"infer.serve: {error}", file=sys.stderr)
-        return 2
+    return ending("infer.serve", lambda: run(options))
+
+
+def run(options: argparse.Namespace) -> int:
+    settings, engine_options = settings_of(options), options_of(options)
+    tokenizer = tokenizer_of(Path(options.model))
+    ranks = join(engine_options)
+    engine = build_engine(engine_options, ranks)
+    if not ranks.first:
+        follow(engine, ranks)
+    elif ranks.shard.world == 1:
+        asyncio.run(serve(Server(engine, tokenizer, settings), options))
+    else:
+        lead = LeadEngine(engine, ranks)
+        try:
+            asyncio.run(serve(Server(lead, tokenizer, settings), options))
+        finally:
+            lead.close()
+    leave(ranks)
     return 0
-
-
-def make_engine(options: argparse.Namespace) -> Engine:
-    """THE SEAM to infer.engine: the only place where the server learns how an engine is built."""
-    from infer.engine import build_engine
-
-    return build_engine(options)
 
 
 def tokenizer_of(folder: Path) -> Any:
