@@ -176,6 +176,10 @@ class PageBook:
                 if table.pages[group][at] != NOWHERE:
                     pool.register(table.pages[group][at], table.digest)
             table.hashed += 1
+        self.slide(table, final)
+
+    def slide(self, table: Table, final: int) -> None:
+        """Drop the pages that no query at `final` or later can see."""
         for group, pool in enumerate(self.pools):
             pages, first = table.pages[group], min(pool.first_seen(final), len(table.pages[group]))
             for at in range(table.dropped[group], first):
