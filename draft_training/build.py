@@ -170,6 +170,15 @@ def shape_text(config: AnyConfig) -> str:
     return f"DFlash, block {config.block_size}, window {config.window}, {taps}{selector}"
 
 
+def compile_layers(drafter: AnyDrafter, target: Target) -> None:
+    """torch.compile of every decoder layer, one program for all that are alike.
+
+    The forward is compiled and not the module, whose hooks (the taps) would be traced with it, once for each tap.
+    """
+    for layer in (*drafter.decoder_layers(), *target.model.model.layers):
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+
+
 def target_of(loaded: LoadedModel, drafter: AnyDrafter) -> Target:
     model: nn.Module = loaded.model
     return Target(model.eval(), drafter.config.taps)
