@@ -25,7 +25,7 @@ from core.models.ops import EAGER
 from core.run import Run, start_run, write_json
 from core.train.device import device
 from core.train.engine import Engine
-from core.train.engines import build_engine, start_processes
+from core.train.engines import build_engine, check_graph, start_processes
 from core.train.loop import Loop, NoHook, rows_per_rank
 from core.train.tracker import make_tracker
 from draft_training.build import (
@@ -50,6 +50,7 @@ from draft_training.replies import Text, check_target, whose
 def train(config: DraftTrainConfig, resolved: str) -> Run:
     """Train a drafter, save it, measure it on held-out replies; returns the run."""
     place = device(config.train)
+    check_graph(config.graph, config.parallel, place)
     rank, world = start_processes(config.parallel, place)
     folder = target_folder(config.target, config.run.root)
     if rank == 0:

@@ -85,6 +85,16 @@ def chunks(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
         yield run
 
 
+def widened(grads: list[Tensor]) -> list[Tensor]:
+    """The gradients in FP32, in one launch; those that are FP32 stay what they are."""
+    narrow = [g for g in grads if g.dtype != torch.float32]
+    made = [torch.empty_like(g, dtype=torch.float32) for g in narrow]
+    if made:
+        torch._foreach_copy_(made, narrow)
+    fresh = iter(made)
+    return [g if g.dtype == torch.float32 else next(fresh) for g in grads]
+
+
 class MasterOptimizer:
     """FP32 masters of the parameters with requires_grad, their optimisers, and an optional average of the masters."""
 
@@ -152,10 +162,12 @@ class MasterOptimizer:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
         for names in chunks({n: g.numel() for n, g in grads.items()}, CHUNK):
-            for name in names:
-                self.masters[name].grad = grads.pop(name).to(torch.float32)
+            wide = widened([grads.pop(name) for name in names])
             if scale is not None:
-                torch._foreach_mul_([self.masters[name].grad for name in names], scale)
+                torch._foreach_mul_(wide, scale)
+            for name, grad in zip(names, wide, strict=True):
+                self.masters[name].grad = grad
+            del wide
             for optimizer in self.optimizers:
                 optimizer.step()  # skips the masters without a gradient
             for name in names:

@@ -1,5 +1,4 @@
-"""Drafters on a GPU: block-sparse attention against the written-out mask, forward and backward; the fused loss; recorded
-steps."""
+"""Drafters on a GPU: block-sparse attention against the written-out mask; the fused loss; recorded steps."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -45,7 +44,7 @@ def outputs(
 
 
 @pytest.mark.parametrize(
-    ("tokens", "anchors", "block", "sinks"), [(300, 31, 8, False), (1024, 256, 8, True), (129, 16, 7, True)]
+    ("tokens", "anchors", "block", "sinks"), [(300, 31, 7, False), (1024, 256, 8, True)]
 )  # flex_attention compiles for each of them, which is what these tests take their time for
 def test_block_sparse_attention_is_the_written_out_one(tokens: int, anchors: int, block: int, sinks: bool) -> None:
     """Error against FP32 at most 1.1 times that of the written-out mask in BF16, outputs and gradients."""
