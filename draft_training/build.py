@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from core.errors import ConfigError
 from core.generate.target import Target
-from core.models.dflash import Drafter, init_drafter
+from core.models.dflash import Drafter, Layer, init_drafter
 from core.models.dflash_config import FULL, SLIDING, DFlashConfig, spread_taps
 from core.models.dflash_io import check_mask
 from core.models.drafters import AnyConfig, AnyDrafter, empty, load_any
@@ -168,6 +168,17 @@ def shape_text(config: AnyConfig) -> str:
         return f"EAGLE, chain of {config.drafts}, {f'window {config.window}' if config.window else 'all keys'}, {taps}"
     selector = ", selector" if config.selector_rank else ""
     return f"DFlash, block {config.block_size}, window {config.window}, {taps}{selector}"
+
+
+def compile_layers(drafter: AnyDrafter, target: Target) -> None:
+    """torch.compile of every decoder layer, one program for all that are alike.
+
+    The forward is compiled and not the module, whose hooks (the taps) would be traced with it, once for each tap.
+    """
+    for layer in (*drafter.decoder_layers(), *target.model.model.layers):
+        layer.forward = torch.compile(layer.forward, dynamic=False)
+        if isinstance(layer, Layer):  # of the context, once for all blocks
+            layer.key_value = torch.compile(layer.key_value, dynamic=False)
 
 
 def target_of(loaded: LoadedModel, drafter: AnyDrafter) -> Target:

@@ -107,6 +107,7 @@ class DraftTrainConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
     anchors: int = 512  # blocks of a packed row
+    graph: bool = False  # on one GPU: a forward and backward as one CUDA graph; a target with eager experts has none
     eval_replies: int = 64  # held-out replies of each domain whose acceptance is measured
     dry_run: bool = False
 

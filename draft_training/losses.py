@@ -16,6 +16,7 @@ Legend: N slots (blocks x K), K drafts, G hidden size, V vocabulary, C candidate
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class ChunkedDraftLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         count, drafts = hidden.shape[0], slots.drafts
         chunk = max(1, config.chunk_tokens // drafts) * drafts
-        work = compiled_chunk_loss() if hidden.is_cuda else chunk_loss
+        work, best = (compiled(f) if hidden.is_cuda else f for f in (chunk_loss, best_of))
         grad = torch.empty_like(hidden)
         sums = torch.zeros(4, dtype=torch.float32, device=hidden.device)
         labels = slots.labels.clone()
@@ -74,7 +75,7 @@ class ChunkedDraftLoss(torch.autograd.Function):
             logits = hidden[part] @ head.T
             d_logits, values, labels[part] = work(logits, labels[part], target, drafts, config)
             if candidates:
-                top[0][part], top[1][part] = best_of(logits, candidates)
+                top[0][part], top[1][part] = best(logits, candidates)
             grad[part] = d_logits @ head
             sums += values
         ctx.save_for_backward(grad)
@@ -98,7 +99,7 @@ def chunk_loss(
     log_q = torch.log_softmax(logits.to(torch.float32), dim=-1)
     safe = labels.clamp(min=0)[:, None]
     log_label = log_q.gather(1, safe)[:, 0]
-    hits = ((log_q.argmax(-1) == labels) & carries).view(-1, drafts)
+    hits = ((logits.argmax(-1) == labels) & carries).view(-1, drafts)
     if config.dpace_alpha is not None:
         weight = dpace((log_label.exp() * carries).view(-1, drafts), config.dpace_alpha).flatten()
     else:
@@ -114,21 +115,17 @@ def chunk_loss(
         each = (p * (log_p - log_q)).sum(-1)
         kl, loss = (each * carries).sum(), loss + config.kl * (each * weight).sum()
         grad.sub_(p.mul_(config.kl))
-    if config.ce:
-        grad.scatter_(1, safe, grad.gather(1, safe) - config.ce)
+    if config.ce:  # written as a comparison so that a compiled version makes one pass of it
+        grad = torch.where(torch.arange(logits.shape[-1], device=logits.device) == safe, grad - config.ce, grad)
     grad = grad.mul_(weight[:, None]).to(logits.dtype)
     leading = hits.to(torch.float32).cumprod(-1).sum()
     return grad, torch.stack((loss, ce, kl, leading)), labels
 
 
-_compiled: list[Callable[..., Any]] = []
-
-
-def compiled_chunk_loss() -> Callable[..., Any]:
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Fused on a GPU: as written, each of a dozen elementwise steps would read and write all logits in FP32."""
-    if not _compiled:
-        _compiled.append(torch.compile(chunk_loss, dynamic=False))
-    return _compiled[0]
+    return torch.compile(function, dynamic=False)
 
 
 GROUP = 128

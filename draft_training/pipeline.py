@@ -25,10 +25,18 @@ from core.models.ops import EAGER
 from core.run import Run, start_run, write_json
 from core.train.device import device
 from core.train.engine import Engine
-from core.train.engines import build_engine, start_processes
+from core.train.engines import build_engine, check_graph, start_processes
 from core.train.loop import Loop, NoHook, rows_per_rank
 from core.train.tracker import make_tracker
-from draft_training.build import drafter_config, load_target, make_drafter, shape_text, target_folder, target_of
+from draft_training.build import (
+    compile_layers,
+    drafter_config,
+    load_target,
+    make_drafter,
+    shape_text,
+    target_folder,
+    target_of,
+)
 from draft_training.config import DraftTrainConfig
 from draft_training.data import DraftData, make_data
 from draft_training.features import FeatureStream, write_features
@@ -42,6 +50,7 @@ from draft_training.replies import Text, check_target, whose
 def train(config: DraftTrainConfig, resolved: str) -> Run:
     """Train a drafter, save it, measure it on held-out replies; returns the run."""
     place = device(config.train)
+    check_graph(config.graph, config.parallel, place)
     rank, world = start_processes(config.parallel, place)
     folder = target_folder(config.target, config.run.root)
     if rank == 0:
@@ -63,11 +72,11 @@ def train(config: DraftTrainConfig, resolved: str) -> Run:
     run.update(replies=replies)
     micro = config.train.batch_size // world // rows_per_rank(config.train, world)
     if config.train.compile:
-        for layer in (*drafter.decoder_layers(), *loaded.model.model.layers):
-            layer.compile()
+        compile_layers(drafter, target)
     engine = build_engine(
-        drafter, make_loss(target, config.loss), config.optim, config.parallel, micro_batches=micro, device=place
-    )
+        drafter, make_loss(target, config.loss), config.optim, config.parallel, micro_batches=micro, device=place,
+        graph=config.graph,
+    )  # fmt: skip
     stream = data.stream
     if config.features.path:
         stream = stored_features(config, data, target, loaded.tokenizer, made_for, rank, world)
@@ -149,7 +158,8 @@ class Evaluator:
         result = {}
         for domain, texts in self.held_out.items():
             pairs = [(t.prompt, t.reply) for t in texts]
-            rounds = [r for one in replay(self.target, self.drafter, pairs) for r in rounds_along(one)]
+            with torch.compiler.set_stance("force_eager"):  # nor layers: every shape would be compiled anew
+                rounds = [r for one in replay(self.target, self.drafter, pairs) for r in rounds_along(one)]
             if not rounds:
                 continue
             drafts = self.drafter.config.drafts

@@ -9,6 +9,7 @@ by layer type where a model mixes full and sliding attention.
 Legend: R rows, T tokens of this forward, S slots, H key-value heads, D head dim.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -77,10 +78,19 @@ def masks(config: Any, position_RT: Tensor, used: int, dtype: torch.dtype) -> An
         near = seen(position_RT, used, window)
         return torch.zeros(near.shape, dtype=dtype, device=near.device).masked_fill_(~near, torch.finfo(dtype).min)
 
+    return by_kind(config, additive)
+
+
+def by_kind(config: Any, make: Callable[[int | None], Any]) -> Any:
+    """make(window) for all layers of a model with `config`, or a dict by layer type; None is a layer without a window.
+
+    Raises:
+        UnsupportedError: a kind of layer that does not attend to all keys or the last w.
+    """
     kinds = set(getattr(config, "layer_types", None) or ())
     other = kinds - {"full_attention", "sliding_attention"}
     if other:
         raise UnsupportedError(f"the target has layers of type {min(other)}, which this decoder does not have")
     if kinds <= {"full_attention"}:
-        return additive(None if kinds else getattr(config, "sliding_window", None))
-    return {k: additive(None if k == "full_attention" else config.sliding_window) for k in sorted(kinds)}
+        return make(None if kinds else getattr(config, "sliding_window", None))
+    return {k: make(None if k == "full_attention" else config.sliding_window) for k in sorted(kinds)}

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import ConfigError
-from core.generate.slots import SlotCache, masks
+from core.generate.slots import SlotCache, by_kind, masks
+from core.models.ops import flex_mask
+from core.train.batch import document_ids
 
 
 class Target:
@@ -57,8 +59,21 @@ class Target:
     def packed(self, ids_RT: Tensor, position_RT: Tensor) -> tuple[Tensor, Tensor]:
         """(last hidden states [R, T, G], features [R, T, F]) of packed rows; documents begin at position 0."""
         with self.tapping() as found:
-            out = self.model.model(input_ids=ids_RT, position_ids=position_RT, use_cache=False)
+            out = self.model.model(
+                input_ids=ids_RT,
+                attention_mask=self.packed_mask(position_RT),
+                position_ids=position_RT,
+                use_cache=False,
+            )
         return out.last_hidden_state, torch.cat(found, dim=-1) if found else out.last_hidden_state.new_empty(0)
+
+    def packed_mask(self, position_RT: Tensor) -> Any:
+        """Under transformers' flex_attention our block mask, made on the device alone; else None: the model's own."""
+        config = self.model.config
+        if config._attn_implementation != "flex_attention":
+            return None
+        documents = document_ids(position_RT)
+        return by_kind(config, lambda window: flex_mask(documents, window, self.dtype))
 
     @torch.no_grad()
     def step(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from core.models.dflash_config import SLIDING, DFlashConfig
+from core.models.ops import ordered
 
 TILE = 128
 
@@ -50,43 +51,52 @@ def dense(config: DFlashConfig, kind: str, document_RT: Tensor, anchor_RA: Tenso
 
 
 def sparse(config: DFlashConfig, kind: str, document_RT: Tensor, anchor_RA: Tensor) -> BlockMask:
-    """The same for flex_attention, from the ends of the tiles alone; anchors must ascend (absent ones first)."""
+    """The same for flex_attention; every query sees a run of context keys, `low` to `high`, and its own block.
+
+    Documents are numbered along the row, so a run begins at the window's or the document's first key, whichever is
+    later. Tiles inside every query's run are marked full: they need no mask at all.
+    """
     tokens, device = document_RT.shape[1], document_RT.device
-    size, window = config.block_size, config.window if kind == SLIDING else tokens + config.block_size
-    anchor_RA = anchor_RA.to(torch.int32).contiguous()
-    document_RT = document_RT.to(torch.int32).contiguous()
-    queries = anchor_RA.shape[1] * size
-    query_tiles, key_tiles = -(-queries // TILE), -(-(tokens + queries) // TILE)
-    begin_Q = torch.arange(query_tiles, device=device) * TILE
-    end_Q = (begin_Q + TILE).clamp(max=queries) - 1
-    first_RQ, last_RQ = anchor_RA[:, begin_Q // size], anchor_RA[:, end_Q // size]
-    present_R = torch.where(anchor_RA < 0, tokens, anchor_RA).amin(1, keepdim=True)
-    first_RQ = torch.maximum(first_RQ, present_R)  # absent anchors reach nothing
-    key_begin = torch.arange(key_tiles, device=device) * TILE
-    key_end = key_begin + TILE - 1
-    # context: some query's window reaches the tile, and the tile starts before the last anchor
-    low_RQ = first_RQ - window + 1
-    touched = (key_end >= low_RQ[..., None]) & (key_begin < last_RQ[..., None]) & (key_begin < tokens)
-    # blocks: tiles that hold the queries' own blocks (whole blocks, whose ends may lie in the next tile)
-    own_first, own_last = tokens + begin_Q // size * size, tokens + (end_Q // size + 1) * size - 1
-    own = (key_end[None, :] >= own_first[:, None]) & (key_begin[None, :] <= own_last[:, None])
-    some = touched | own
-    causal = config.causal
+    size, causal, queries = config.block_size, config.causal, anchor_RA.shape[1] * config.block_size
+    window = config.window if kind == SLIDING else tokens + size
+    document_RT = document_RT.contiguous()
+    begin_RA = torch.searchsorted(
+        document_RT, document_RT.gather(1, anchor_RA.clamp(min=0))
+    )  # of the anchor's document
+    place_RAB = anchor_RA[..., None] + torch.arange(size, device=device)
+    low_RAB = torch.maximum(begin_RA[..., None], place_RAB - window + 1)
+    low_RN = torch.where(anchor_RA[..., None] < 0, tokens, low_RAB).flatten(1).to(torch.int32)
+    high_RN = anchor_RA.repeat_interleave(size, dim=1).to(torch.int32)  # the run's last key is high - 1
 
     def sees(r: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:  # noqa: ARG001
-        anchor = anchor_RA[r, q // size]
-        slot = q % size
-        key = k.clamp(max=tokens - 1)
-        same = document_RT[r, key] == document_RT[r, anchor.clamp(min=0)]
-        context = (k < tokens) & (k < anchor) & (k > anchor + slot - window) & same
-        behind = (k - tokens) % size <= slot if causal else k >= tokens
-        return context | ((k >= tokens) & ((k - tokens) // size == q // size) & behind)
+        context = (k >= low_RN[r, q]) & (k < high_RN[r, q])
+        begin = tokens + q // size * size
+        return context | ((k >= begin) & (k <= tokens + q if causal else k < begin + size))
 
-    count = some.sum(-1, dtype=torch.int32)[:, None]
-    which = some.to(torch.int8).argsort(stable=True, dim=-1, descending=True).to(torch.int32)[:, None].contiguous()
+    part, full = tiles_of(low_RN, high_RN, tokens, size)
+    part_count, part_which = ordered(part)
+    full_count, full_which = ordered(full)
     return BlockMask.from_kv_blocks(
-        count, which, None, None, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(queries, tokens + queries)
-    )
+        part_count, part_which, full_count, full_which,
+        BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(queries, tokens + queries),
+    )  # fmt: skip
+
+
+def tiles_of(low_RN: Tensor, high_RN: Tensor, tokens: int, size: int) -> tuple[Tensor, Tensor]:
+    """Boolean [R, Q, tiles of keys], from the ends of the runs: tiles with some visible pair, tiles with no other."""
+    queries, device = low_RN.shape[1], low_RN.device
+    query_tiles, key_tiles = -(-queries // TILE), -(-(tokens + queries) // TILE)
+    query = torch.arange(query_tiles * TILE, device=device).view(-1, TILE)
+    low_RQt, high_RQt = (t[:, query.clamp(max=queries - 1)] for t in (low_RN, high_RN))
+    begin, end = (torch.arange(key_tiles, device=device) * TILE + last for last in (0, TILE - 1))
+    some = (end >= low_RQt.amin(-1, keepdim=True)) & (begin < high_RQt.amax(-1, keepdim=True))
+    full = (begin >= low_RQt.amax(-1, keepdim=True)) & (end < high_RQt.amin(-1, keepdim=True))
+    # a tile of queries cut off by the row's end is masked pair by pair
+    full = full & (query[:, -1:] < queries)
+    # whole blocks, whose ends may lie in the next tile
+    first, last = (tokens + query[:, place].clamp(max=queries - 1) // size * size for place in (0, -1))
+    own = (end >= first[:, None]) & (begin < last[:, None] + size)
+    return (some | own) & ~full, full
 
 
 def decoding(config: DFlashConfig, kind: str, anchor_R: Tensor, slots: int) -> Tensor:

@@ -45,6 +45,14 @@ def start_processes(parallel: ParallelConfig, device: torch.device) -> tuple[int
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def check_graph(graph: bool, parallel: ParallelConfig, device: torch.device) -> None:
+    """ConfigError for a CUDA graph without a GPU, or across processes, whose exchange it does not record."""
+    if graph and (device.type != "cuda" or parallel.mode is not ParallelMode.none):
+        raise ConfigError(
+            f"graph=true needs a GPU and parallel=none, not {device.type} and {parallel.mode.value}; set graph=false"
+        )
+
+
 def build_engine(
     model: nn.Module,
     loss_fn: LossFn,
@@ -53,16 +61,18 @@ def build_engine(
     *,
     micro_batches: int,
     device: torch.device,
+    graph: bool = False,
 ) -> Engine:
     """The engine of `parallel.mode` around a model whose requires_grad flags say what is trained.
 
     Args:
         micro_batches: forward passes a step; more than one keeps FP32 gradient sums.
+        graph: replay a forward and backward as one CUDA graph; see `check_graph`.
     Raises:
         UnsupportedError: Muon under ZeRO, whose ranks hold flat slices and never a whole matrix.
     """
     if parallel.mode is ParallelMode.none:  # also inside a launched job: rank 0 may train something on its own
-        return LocalEngine(model, loss_fn, optim, micro_batches=micro_batches, device=device)
+        return LocalEngine(model, loss_fn, optim, micro_batches=micro_batches, device=device, graph=graph)
     if optim.name is OptimName.muon and parallel.mode in {ParallelMode.zero2, ParallelMode.zero3}:
         raise UnsupportedError(
             f"optim=muon needs whole matrices and parallel={parallel.mode.value} holds flat slices; "

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from core.train.batch import Batch
 from core.train.config import OptimConfig
 from core.train.engine import LossFn, Shard
+from core.train.graph import GraphedWork
 from core.train.optim import MasterOptimizer
 from core.train.state import StateReader, save_pieces, write_index
 
@@ -47,7 +48,9 @@ class LocalEngine:
         device: torch.device,
         rank: int = 0,
         world: int = 1,
+        graph: bool = False,
     ) -> None:
+        """graph: one CUDA graph for a forward and backward (core.train.graph); needs a GPU, and is not for DDP."""
         self.model = model.to(device)
         self.rank, self.world, self.device = rank, world, device
         self.micro_batches = micro_batches
@@ -63,16 +66,23 @@ class LocalEngine:
                 self.step_module, device_ids=ids, gradient_as_bucket_view=True, init_sync=False
             )
 
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        self.work: Any = GraphedWork(self.eager_work, trained) if graph else self.eager_work
+
+    def eager_work(self, batch: Batch, scale: float | Tensor) -> dict[str, Tensor]:
+        loss, stats = self.step_module(batch)
+        (loss * scale).backward()
+        return stats | {"loss": loss.detach()}
+
     def forward_backward(self, batch: Batch, scale: float, last: bool) -> dict[str, Tensor]:
         if isinstance(self.step_module, DistributedDataParallel):
             scale *= self.world  # DDP averages over the ranks; the contract is a sum
-        loss, stats = self.step_module(batch)
-        (loss * scale).backward()
+        stats = self.work(batch, scale)
         if self.micro_batches > 1:
             self.optimizer.accumulate()
             if last and self.world > 1:
                 self.sum_gradients()
-        return stats | {"loss": loss.detach()}
+        return stats
 
     def sum_gradients(self) -> None:
         """FP32 gradient sums over the ranks."""

@@ -6,10 +6,11 @@ working copies are rewritten as bf16(master).
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) replaces the momentum of a matrix by its nearest
 semi-orthogonal matrix, found with five Newton-Schulz steps in BF16. Fused experts [E, out, in] are E matrices, done as
-one batch. Embeddings, head, routers, norms and biases go to AdamW.
+one batch, and so are all matrices of one shape. Embeddings, head, routers, norms and biases go to AdamW.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,17 +46,24 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            alike: dict[Any, list[Tensor]] = {}
             for master in group["params"]:
-                if master.grad is None:
-                    continue
-                state = self.state[master]
-                if not state:
-                    state["momentum"] = torch.zeros_like(master)
-                buffer = state["momentum"]
-                buffer.lerp_(master.grad, 1 - group["momentum"])
-                update = orthogonalise(master.grad.lerp(buffer, group["momentum"])).to(torch.float32)
-                master.mul_(1 - group["lr"] * group["weight_decay"])
-                master.add_(update, alpha=-group["lr"] * max(1.0, master.shape[-2] / master.shape[-1]) ** 0.5)
+                if master.grad is not None:
+                    alike.setdefault(master.shape if master.dim() == 2 else id(master), []).append(master)
+            for masters in alike.values():
+                self.move(masters, group["lr"], group["momentum"], group["weight_decay"])
+
+    def move(self, masters: list[Tensor], lr: float, momentum: float, weight_decay: float) -> None:
+        """One update of matrices of one shape, orthogonalised as one batch: alone they are too small for a GPU."""
+        for master in masters:
+            if not self.state[master]:
+                self.state[master]["momentum"] = torch.zeros_like(master)
+        buffers, grads = [self.state[m]["momentum"] for m in masters], [m.grad for m in masters]
+        torch._foreach_lerp_(buffers, grads, 1 - momentum)
+        update = orthogonalise(torch.stack(torch._foreach_lerp(grads, buffers, momentum))).to(torch.float32)
+        torch._foreach_mul_(masters, 1 - lr * weight_decay)
+        rows, columns = masters[0].shape[-2:]
+        torch._foreach_add_(masters, list(update.unbind()), alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
 
 def is_matrix(name: str, shape: torch.Size) -> bool:
@@ -75,6 +83,16 @@ def chunks(sizes: dict[str, int], limit: int) -> Iterator[list[str]]:
         total += size
     if run:
         yield run
+
+
+def widened(grads: list[Tensor]) -> list[Tensor]:
+    """The gradients in FP32, in one launch; those that are FP32 stay what they are."""
+    narrow = [g for g in grads if g.dtype != torch.float32]
+    made = [torch.empty_like(g, dtype=torch.float32) for g in narrow]
+    if made:
+        torch._foreach_copy_(made, narrow)
+    fresh = iter(made)
+    return [g if g.dtype == torch.float32 else next(fresh) for g in grads]
 
 
 class MasterOptimizer:
@@ -136,17 +154,20 @@ class MasterOptimizer:
             parameter.grad = None
             if grad is not None:
                 grads[name] = grad
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads.values()]
-        norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        norms = torch._foreach_norm(list(grads.values()), dtype=torch.float32) if grads else []
+        norm = torch.linalg.vector_norm(torch.stack(norms)) if grads else torch.zeros(())
         clip = self.config.clip_grad_norm
         scale = (clip / (norm + 1e-6)).clamp(max=1.0) if clip else None
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * lr_factor
         for names in chunks({n: g.numel() for n, g in grads.items()}, CHUNK):
-            for name in names:
-                wide = grads.pop(name).to(torch.float32)
-                self.masters[name].grad = wide if scale is None else wide.mul_(scale)
+            wide = widened([grads.pop(name) for name in names])
+            if scale is not None:
+                torch._foreach_mul_(wide, scale)
+            for name, grad in zip(names, wide, strict=True):
+                self.masters[name].grad = grad
+            del wide
             for optimizer in self.optimizers:
                 optimizer.step()  # skips the masters without a gradient
             for name in names:

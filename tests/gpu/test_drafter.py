@@ -1,21 +1,30 @@
-"""Drafters on a GPU: block-sparse attention against the written-out mask, forward and backward; the fused loss."""
+"""Drafters on a GPU: block-sparse attention against the written-out mask; the fused loss; recorded steps."""
 
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from core.errors import UnsupportedError
+from core.generate.target import Target
 from core.models.dflash import Drafter, init_drafter
 from core.models.dflash_config import FULL, SLIDING, DFlashConfig
 from core.models.dflash_mask import additive, dense, sparse
 from core.models.eagle import EagleDrafter, init_eagle
 from core.models.eagle_config import EagleConfig
 from core.models.ops import EAGER, FLEX
+from core.train.batch import IGNORE, Batch
+from core.train.config import OptimConfig, OptimName
+from core.train.graph import GraphedWork
+from core.train.local import LocalEngine
+from draft_training.anchors import DraftBatch, draw_anchors
 from draft_training.config import LossConfig
 from draft_training.eagle import trained_chains
-from draft_training.losses import chunk_loss, compiled_chunk_loss
+from draft_training.losses import best_of, chunk_loss, compiled, make_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -34,8 +43,9 @@ def outputs(
     return [hidden.detach(), *(p.grad for p in drafter.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize(("tokens", "anchors", "block"), [(300, 31, 8), (1024, 256, 8), (129, 16, 7)])
-@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "anchors", "block", "sinks"), [(300, 31, 7, False), (1024, 256, 8, True)]
+)  # flex_attention compiles for each of them, which is what these tests take their time for
 def test_block_sparse_attention_is_the_written_out_one(tokens: int, anchors: int, block: int, sinks: bool) -> None:
     """Error against FP32 at most 1.1 times that of the written-out mask in BF16, outputs and gradients."""
     torch.manual_seed(0)
@@ -72,8 +82,7 @@ def test_block_sparse_attention_is_the_written_out_one(tokens: int, anchors: int
         assert (f - e).square().mean().sqrt() <= limit
 
 
-@pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize(("tokens", "anchors"), [(300, 31), (1024, 256)])
+@pytest.mark.parametrize(("tokens", "anchors", "window"), [(300, 31, 0), (1024, 256, 100)])
 def test_block_sparse_chains_are_the_written_out_ones(tokens: int, anchors: int, window: int) -> None:
     """Seven chained steps and their gradients, held to the bound of the test above."""
     torch.manual_seed(0)
@@ -115,7 +124,72 @@ def test_the_compiled_loss_is_the_plain_one(config: LossConfig) -> None:
     labels[13] = -100
     logits, target = (torch.randn(70, 5000, device="cuda").bfloat16() for _ in range(2))
     plain = chunk_loss(logits, labels, target if config.kl else None, 7, config)
-    fused = compiled_chunk_loss()(logits, labels, target if config.kl else None, 7, config)
+    fused = compiled(chunk_loss)(logits, labels, target if config.kl else None, 7, config)
     torch.testing.assert_close(fused[0].float(), plain[0].float(), atol=1e-5, rtol=1e-2)
     torch.testing.assert_close(fused[1], plain[1], atol=1e-3, rtol=1e-4)
     assert torch.equal(fused[2], plain[2])
+    values, ids = compiled(best_of)(logits, 4)
+    wanted = logits.float().topk(4, dim=-1)
+    assert torch.equal(values, wanted.values) and torch.equal(logits.gather(1, ids).float(), values)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_recorded_step_is_the_plain_one(micro_batches: int) -> None:
+    """Losses and trained weights bit for bit, over batches that differ in documents, anchors and labels."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 640, "hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=3)).to("cuda", torch.bfloat16).eval()
+    model.set_attn_implementation("flex_attention")
+    target = Target(model.requires_grad_(False), (0, 1))
+    config = DFlashConfig(
+        **sizes, num_hidden_layers=2, num_target_layers=3, taps=(0, 1), mask_token_id=1, window=40,
+        selector_top_k=4, selector_rank=16,
+    )  # fmt: skip
+
+    def trained(graph: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        drafter = Drafter(config).to("cuda", torch.bfloat16)
+        init_drafter(drafter, torch.randn(128))
+        drafter.ops = FLEX
+        optim = OptimConfig(name=OptimName.muon, lr=1e-2, muon_lr=1e-2)
+        engine = LocalEngine(
+            drafter, make_loss(target, LossConfig(dpace_alpha=0.5)), optim, micro_batches=micro_batches,
+            device=torch.device("cuda"), graph=graph,
+        )  # fmt: skip
+        found = []
+        for step in range(3):
+            for part in range(micro_batches):
+                batch = drawn_batch(2 * step + part).to("cuda")
+                stats = engine.forward_backward(batch, 1.0 / batch.num_targets, part == micro_batches - 1)
+                found += [stats[name] for name in sorted(stats)]
+            found.append(engine.step(1.0))
+        return [*found, *drafter.state_dict().values()]
+
+    plain, recorded = trained(graph=False), trained(graph=True)
+    assert all(torch.equal(p, r) for p, r in zip(plain, recorded, strict=True))
+
+
+def drawn_batch(seed: int) -> DraftBatch:
+    """Two rows of 256 tokens in two documents."""
+    rng = np.random.default_rng(seed)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 640, (2, 256), generator=generator)
+    cut = int(rng.integers(20, 200))
+    position = torch.cat([torch.arange(cut), torch.arange(256 - cut)]).expand(2, -1).clone()
+    labels = torch.roll(ids, -1, 1)
+    labels[:, -1] = labels[:, cut - 1] = IGNORE
+    anchors = np.stack([draw_anchors(labels[r].numpy(), position[r].numpy(), 40, rng) for r in range(2)])
+    return DraftBatch(ids, labels, position, torch.from_numpy(anchors), torch.full((2,), 7))
+
+
+def test_what_reads_the_gpu_on_the_way_is_refused() -> None:
+    weight = nn.Parameter(torch.ones(2, device="cuda"))
+
+    def work(batch: Batch, scale: Tensor) -> dict[str, Tensor]:
+        (weight.sum() * scale * batch.input_ids_BT.sum().item()).backward()
+        return {}
+
+    rows = torch.ones(1, 2, dtype=torch.int64, device="cuda")
+    with pytest.raises(UnsupportedError, match=r"graph=true, and this step cannot be recorded.*set graph=false"):
+        GraphedWork(work, [weight])(Batch(rows, rows, rows), 1.0)

@@ -502,16 +502,35 @@ def test_13_features_of_a_packed_document_are_those_of_it_alone(family: str) -> 
     torch.testing.assert_close(packed[:, 9:], alone, atol=1e-5 * float(alone.abs().max()), rtol=0)
 
 
-def tiles(mask: BlockMask) -> Tensor:
-    """Boolean [R, query tiles, key tiles]: which are listed."""
-    count, which = mask.kv_num_blocks[:, 0], mask.kv_indices[:, 0]
-    listed = torch.zeros(*which.shape[:2], which.shape[2], dtype=torch.bool)
-    for r in range(which.shape[0]):
-        for q in range(which.shape[1]):
-            names = which[r, q, : int(count[r, q])].tolist()
-            assert len(set(names)) == len(names) and all(0 <= n < which.shape[2] for n in names)
-            listed[r, q, names] = True
+def named(count: Tensor | None, which: Tensor | None) -> Tensor:
+    """Boolean, as `which` [R, 1, tiles, tiles of the other side] without its second dim: the first `count` names."""
+    assert count is not None and which is not None
+    listed = torch.zeros(which.shape[0], *which.shape[2:], dtype=torch.bool)
+    for r, tile in torch.cartesian_prod(torch.arange(which.shape[0]), torch.arange(which.shape[2])).tolist():
+        names = which[r, 0, tile, : int(count[r, 0, tile])].tolist()
+        assert len(set(names)) == len(names) and all(0 <= n < which.shape[3] for n in names)
+        listed[r, tile, names] = True
     return listed
+
+
+def part_and_full(mask: BlockMask) -> tuple[Tensor, Tensor]:
+    """Boolean [R, query tiles, key tiles]: tiles masked pair by pair, and tiles that are not masked at all."""
+    return (
+        named(mask.kv_num_blocks, mask.kv_indices),
+        named(mask.full_kv_num_blocks, mask.full_kv_indices),
+    )
+
+
+def tiles(mask: BlockMask) -> Tensor:
+    """Boolean [R, query tiles, key tiles]: which are read."""
+    part, full = part_and_full(mask)
+    assert not bool((part & full).any()), "a tile read twice counts twice"
+    return part | full
+
+
+def spread_out(tiles_RQK: Tensor, queries: int, keys: int) -> Tensor:
+    """Tile by tile -> pair by pair."""
+    return tiles_RQK.repeat_interleave(TILE, 1)[:, :queries].repeat_interleave(TILE, 2)[:, :, :keys]
 
 
 @pytest.mark.parametrize(("size", "window"), [(8, 128), (8, 512), (7, 200), (16, 100)])
@@ -596,17 +615,23 @@ def test_the_block_mask_is_the_dense_one(seed: int) -> None:
         mask = sparse(config, kind, document, anchor)
         wanted = dense(config, kind, document, anchor)[:, 0]
         rows, queries, keys = wanted.shape
-        assert mask.seq_lengths == (queries, keys) and mask.full_kv_num_blocks is None
+        assert mask.seq_lengths == (queries, keys)
         r, q, k = torch.arange(rows)[:, None, None], torch.arange(queries)[:, None], torch.arange(keys)
         function = mask.mask_mod(r, torch.zeros_like(r), q, k).expand_as(wanted)
         assert torch.equal(function, wanted)
-        listed = tiles(mask)
-        touched = listed.repeat_interleave(TILE, 1)[:, :queries].repeat_interleave(TILE, 2)[:, :, :keys]
-        assert not bool((wanted & ~touched).any())
-        by_key = torch.zeros_like(listed)
-        for row, tile in torch.cartesian_prod(torch.arange(rows), torch.arange(listed.shape[2])).tolist():
-            by_key[row, mask.q_indices[row, 0, tile, : int(mask.q_num_blocks[row, 0, tile])].long(), tile] = True
-        assert torch.equal(by_key, listed)
+        (part, full), listed = part_and_full(mask), tiles(mask)
+        assert not bool((wanted & ~spread_out(listed, queries, keys)).any())
+        assert bool(wanted[spread_out(full, queries, keys)].all()), "what is not masked is all visible"
+        assert torch.equal(named(mask.q_num_blocks, mask.q_indices).mT, part)
+        assert torch.equal(named(mask.full_q_num_blocks, mask.full_q_indices).mT, full)
+
+
+def test_tiles_inside_the_window_of_all_their_queries_are_not_masked() -> None:
+    """16 anchors a tile of queries, 2 tokens apart, and a window of 512: two or three of its tiles are seen by all."""
+    config = DFlashConfig(**BASE | {"block_size": 8, "window": 512})
+    mask = sparse(config, SLIDING, torch.zeros(1, 2048, dtype=torch.int64), torch.arange(1, 2048, 2)[None])
+    part, full = (t.sum(-1)[0, 32:] for t in part_and_full(mask))
+    assert set(full.tolist()) == {2, 3} and int(part.max()) <= 4
 
 
 def test_the_decoding_mask_is_the_rule() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from core.errors import CheckpointError, ConfigError, UnsupportedError
 from core.train.batch import Batch
 from core.train.config import Offload, OptimConfig, OptimName, ParallelConfig, ParallelMode
-from core.train.engines import build_engine, start_processes
+from core.train.engines import build_engine, check_graph, start_processes
 from core.train.local import LocalEngine
 from core.train.state import StateReader, save_pieces, write_index
 from core.train.zero import zero_config
@@ -214,3 +214,12 @@ def test_deepspeed_settings() -> None:
         zero_config(ADAMW, ParallelConfig(ParallelMode.zero3, Offload.nvme), 1)
     with pytest.raises(ConfigError, match=r"parallel\.offload_params needs parallel=zero3"):
         zero_config(ADAMW, ParallelConfig(ParallelMode.zero2, offload_params=Offload.cpu), 1)
+
+
+@pytest.mark.parametrize(
+    ("place", "mode", "found"), [("cpu", ParallelMode.none, "cpu and none"), ("cuda", ParallelMode.ddp, "cuda and ddp")]
+)
+def test_a_graph_is_refused_where_there_is_none(place: str, mode: ParallelMode, found: str) -> None:
+    with pytest.raises(ConfigError, match=f"^graph=true needs a GPU and parallel=none, not {found}; set graph=false$"):
+        check_graph(True, ParallelConfig(mode), torch.device(place))
+    check_graph(False, ParallelConfig(mode), torch.device(place))

@@ -545,3 +545,24 @@ def test_the_log_comes_back_as_written(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=rf"bad.jsonl:{len(rounds) + 1}: not a round of this log") as error:
             list(read_rounds(tmp_path / "bad.jsonl"))
         assert one_line(error)
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, MistralForCausalLM])
+def test_packed_rows_under_flex_attention_are_those_under_sdpa(kind: Any) -> None:
+    """Block masks of ours in place of transformers' own, with documents and, for Mistral, a window of 9."""
+    torch.manual_seed(0)
+    windowed = {"sliding_window": 9} if kind is MistralForCausalLM else {}
+    model = kind(
+        kind.config_class(
+            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=8, **windowed,
+        )
+    ).eval()  # fmt: skip
+    ids = torch.randint(0, 64, (2, 40))
+    position = torch.stack((torch.cat((torch.arange(13), torch.arange(27))), torch.arange(40)))
+    found = []
+    for attention in ("sdpa", "flex_attention"):
+        model.set_attn_implementation(attention)
+        found.append(Target(model, (0,)).packed(ids, position))
+    for sdpa, flex in zip(*found, strict=True):
+        torch.testing.assert_close(flex, sdpa, atol=1e-5, rtol=1e-4)

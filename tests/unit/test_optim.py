@@ -137,3 +137,25 @@ def test_schedules() -> None:
     assert cosine[-1] == pytest.approx(0.1)
     assert cosine[1:] == sorted(cosine[1:], reverse=True)
     assert factors(3, schedule=Schedule.constant, warmup=0.0) == [1.0, 1.0, 1.0]
+
+
+def test_muon_does_matrices_of_one_shape_as_one_batch() -> None:
+    """Equal to one at a time up to the BF16 rounding of its products, also where one of them has no gradient."""
+
+    def moved(together: bool) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(48, 32, generator=generator) for _ in range(3)] + [torch.randn(32, 48)]
+        params[3].copy_(params[0].T)
+        groups = [params] if together else [[p] for p in params]
+        optimizers = [Muon(group, lr=0.1, momentum=0.9, weight_decay=0.1) for group in groups]
+        for step in range(3):
+            for place, param in enumerate(params):
+                wanted = place != 1 or step == 1
+                grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(9 * step + place))
+                param.grad = grad if wanted else None
+            for optimizer in optimizers:
+                optimizer.step()
+        return params
+
+    for whole, alone in zip(moved(together=True), moved(together=False), strict=True):
+        torch.testing.assert_close(whole, alone, atol=2e-3, rtol=0)
