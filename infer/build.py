@@ -72,10 +72,13 @@ def build_engine(
     scheduler = Scheduler(
         book, rows=options.rows, tokens=tokens, drafts=drafts, ahead=ahead, reuse=options.prefix_cache
     )
-    runner = Round(model, cache, block, log=on_round is not None)
+    # A dense expert layer waits for the device, and several ranks have not been recorded yet.
+    graphs = options.graphs and device.type == "cuda" and shard.world == 1 and not loaded.weights.has_dense_experts()
+    runner = Round(model, cache, block, log=on_round is not None, graphs=graphs)
+    seed = ranks.agree(secrets.randbits(63) if options.seed is None else options.seed)
     return ModelEngine(
         scheduler, runner, max_length=length, vocabulary=g.vocab_size, ends=end_tokens(options.model, loaded.config),
-        adaptive=options.adaptive, seed=ranks.agree(secrets.randbits(63) if options.seed is None else options.seed), on_round=on_round,
+        adaptive=options.adaptive, seed=seed, on_round=on_round,
     )  # fmt: skip
 
 
@@ -98,9 +101,7 @@ def target_shapes(geometry: Geometry, shard: Shard, groups: Sequence[int | None]
     found = []
     for spec in geometry.layers:
         kv = shard.kv_heads(spec.kv_heads)
-        found.append(
-            LayerShape(kv.stop - kv.start, geometry.head_dim, geometry.value_dim, groups.index(spec.window))
-        )
+        found.append(LayerShape(kv.stop - kv.start, geometry.head_dim, geometry.value_dim, groups.index(spec.window)))
     return found
 
 

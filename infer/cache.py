@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from kernels.paged_attention import Batch
 from torch import Tensor
 
 from infer.pages import Pool
+from kernels.paged_attention import Batch
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """`python -m infer.chat --model DIR [--drafter DIR]`: talk to a model in the terminal.
 
-/reset forgets the conversation, /stats prints figures of the engine, /system TEXT sets the system message (and forgets),
+/reset forgets the conversation, /stats prints figures of the engine, /system TEXT sets the system message and forgets,
 Ctrl-C ends a reply, Ctrl-D ends the program. The whole conversation goes through the model's chat template each turn;
 the prefix cache keeps what was read before.
 """

@@ -156,7 +156,9 @@ def compare(engine: ModelEngine, against: Path, plan: Plan) -> Figures:
             f"--against {against} has a vocabulary of {exact.config.vocab_size}, --model of {engine.vocabulary}: they "
             "are not the same model"
         )
-    rounded = load_model(against, dtype=model.dtype, device=model.device).model if model.dtype != torch.float32 else None
+    rounded = (
+        load_model(against, dtype=model.dtype, device=model.device).model if model.dtype != torch.float32 else None
+    )
     streams: list[list[Tensor]] = []
     bar = tqdm(plan.documents, desc="compare", unit="document")
     for ids in bar:

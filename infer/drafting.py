@@ -17,8 +17,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels.paged_attention import Batch
-from kernels.qkv_rope import Heads
 from torch import Tensor
 
 from core.errors import ConfigError, UnsupportedError
@@ -31,6 +29,8 @@ from core.models.drafters import load_any
 from infer.cache import GroupStep, KVCache, LayerShape
 from infer.geometry import Geometry, plain
 from infer.model import Model
+from kernels.paged_attention import Batch
+from kernels.qkv_rope import Heads
 
 GREEDY = Sampling()
 
@@ -72,7 +72,7 @@ def open_drafter(
     drafter = load_any(folder, dtype=dtype, device=device)
     if not isinstance(drafter, Drafter):
         raise UnsupportedError(
-            f"--drafter {folder}: the runtime runs DFlash drafters; measure this baseline with draft_training.acceptance"
+            f"--drafter {folder}: the runtime runs DFlash drafters; measure others with draft_training.acceptance"
         )
     config, g = drafter.config, geometry
     sizes = (config.vocab_size, config.hidden_size, config.num_target_layers)
@@ -123,7 +123,9 @@ class BlockDrafter:
     def extend(self, features: Tensor, position: Tensor, groups: Sequence[GroupStep], cache: KVCache) -> None:
         """Context keys and values of tokens that the target has just computed, features [T, F]."""
         ops, config = self.model.ops, self.config
-        x = ops.rms_norm(ops.linear(features, self.drafter.fc.weight), self.drafter.hidden_norm.weight, config.rms_norm_eps)
+        x = ops.rms_norm(
+            ops.linear(features, self.drafter.fc.weight), self.drafter.hidden_norm.weight, config.rms_norm_eps
+        )
         for index, layer in enumerate(self.layers, self.first):
             ops.qkv_rope(
                 x, layer.kv, None, self.cos, self.sin, position, groups[cache.layers[index].group].slot,
@@ -157,9 +159,7 @@ class BlockDrafter:
         return walk(self.drafter, model, hidden, anchor, GREEDY, None)
 
 
-def block_step(
-    table: Tensor, place: Tensor, position: Tensor, block: int, size: int, longest: int
-) -> GroupStep:
+def block_step(table: Tensor, place: Tensor, position: Tensor, block: int, size: int, longest: int) -> GroupStep:
     """Slots and attention batch of blocks at positions that only the device knows."""
     rows = len(table)
     row = torch.arange(rows, device=table.device).repeat_interleave(block, output_size=rows * block)

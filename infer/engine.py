@@ -7,7 +7,7 @@ Every rank of a tensor-parallel group runs this same code on the same requests a
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from core.errors import ConfigError
@@ -127,9 +127,13 @@ class ModelEngine:
         )  # fmt: skip
 
     def end(
-        self, sequence: Sequence, ids: list[int] | tuple[()], finish: str, logprobs: list[TokenLogprob] | tuple[()] = (),
+        self,
+        sequence: Sequence,
+        ids: Iterable[int],
+        finish: str,
+        logprobs: Iterable[TokenLogprob] = (),
         error: str = "",
-    ) -> Output:  # fmt: skip
+    ) -> Output:
         del self.live[sequence.request.id]
         self.scheduler.remove(sequence)
         return Output(sequence.request.id, tuple(ids), finish, tuple(logprobs), sequence.cached or 0, error)

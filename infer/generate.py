@@ -97,21 +97,24 @@ def run(options: argparse.Namespace) -> int:
     return status
 
 
-def stream(llm, ids: list[int], params: SamplingParams) -> int:  # noqa: ANN001
-    done = None
-    for text, done in llm.stream(ids, params):
+def stream(llm, ids: list[int], params: SamplingParams) -> int:
+    error = ""
+    for text, completion in llm.stream(ids, params):
+        error = completion.error
         if llm.ranks.first:
             print(text, end="", flush=True)
     if llm.ranks.first:
         print()
-        if done is not None and done.error:
-            print(f"{NAME}: {done.error}", file=sys.stderr)
-    return int(done is None or bool(done.error))
+        if error:
+            print(f"{NAME}: {error}", file=sys.stderr)
+    return int(bool(error))
 
 
 def show(texts: list[str], made: list, out: str | None) -> None:
     lines = [
-        json.dumps({"prompt": t, "text": c.text, "finish": c.finish, "ids": c.ids, "error": c.error}, ensure_ascii=False)
+        json.dumps(
+            {"prompt": t, "text": c.text, "finish": c.finish, "ids": c.ids, "error": c.error}, ensure_ascii=False
+        )
         for t, c in zip(texts, made, strict=True)
     ]  # fmt: skip
     if out is not None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from kernels.qkv_rope import Heads
 from torch import Tensor
 
 from infer.cache import KVCache, Step
@@ -20,6 +19,7 @@ from infer.ops import Ops
 from infer.parallel import Ranks
 from infer.weights import LayerWeights, Weights
 from kernels.moe_mxfp4 import DenseWeights
+from kernels.qkv_rope import Heads
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kernels.all_reduce import Peers, all_reduce_norm
-from kernels.rms_norm import rms_norm
 from torch import Tensor
 
 from core.errors import ConfigError
 from infer.shard import Shard
+from kernels.all_reduce import Peers, all_reduce_norm
+from kernels.rms_norm import rms_norm
 
 BEAT = 1.0  # seconds between heartbeats
 DEAD = 15.0  # without one for this long a rank counts as dead

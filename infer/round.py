@@ -11,16 +11,17 @@ from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 
 import torch
-from kernels.sampling import Params
 from torch import Tensor
 
 from core.generate.dflash import Walked
 from infer.cache import KVCache, Step, group_step
 from infer.drafting import BlockDrafter, Tables
+from infer.graphs import Graphs
 from infer.model import Model
 from infer.request import TokenLogprob
 from infer.scheduler import Work
 from infer.sequence import Pending
+from kernels.sampling import Params
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,25 @@ class Emitted:
 class Round:
     """Runs steps of `model` on `cache`; log: also fetch what only the round log needs."""
 
-    def __init__(self, model: Model, cache: KVCache, drafter: BlockDrafter | None, *, log: bool = False) -> None:
+    def __init__(
+        self, model: Model, cache: KVCache, drafter: BlockDrafter | None, *, log: bool = False, graphs: bool = False
+    ) -> None:
         self.model, self.cache, self.drafter, self.log = model, cache, drafter, log
         self.drafts = drafter.drafts if drafter else 0
+        self.graphs = None
+        if graphs:
+            self.graphs = Graphs(
+                self.compute, device=model.device, drafts=self.drafts, spare=cache.spare, page=cache.size,
+                drafting=drafter is not None,
+            )  # fmt: skip
 
     def run(self, work: Several[Work]) -> list[Emitted | None]:
         """One entry for each of `work`; None for those that only read a piece of their prompt."""
         emitting = [w for w in work if w.emits]
-        outcome = self.compute(self.inputs(work, emitting))
+        if self.graphs is not None and self.graphs.fits(work):
+            outcome = self.graphs.run(work, any(cuts(w) for w in work))
+        else:
+            outcome = self.compute(self.inputs(work, emitting))
         found = iter(self.fetch(emitting, outcome))
         return [next(found) if w.emits else None for w in work]
 
@@ -130,13 +142,13 @@ class Round:
         return Outcome(accepted, token, logits, walked)
 
     def fetch(self, emitting: Several[Work], outcome: Outcome) -> list[Emitted]:
-        """The host's copy: one transfer, and another where log-probabilities or the round log are asked for."""
+        """The host's copy, without rows that fill a graph; one transfer, more where logprobs or a log are asked for."""
         if not emitting:
             return []
         parts = [outcome.accepted[:, None].to(torch.int64), outcome.token[:, None]]
         if outcome.walked is not None:
             parts.append(outcome.walked.tokens)
-        rows = torch.cat(parts, dim=1).tolist()
+        rows = torch.cat(parts, dim=1)[: len(emitting)].tolist()
         agree = self.agreement(emitting, outcome) if self.log else None
         chances = outcome.walked.probability.tolist() if self.log and outcome.walked else None
         candidates = outcome.walked.candidates.tolist() if self.log and outcome.walked else None
@@ -152,7 +164,7 @@ class Round:
         return found
 
     def agreement(self, emitting: Several[Work], outcome: Outcome) -> list[list[bool]]:
-        best = outcome.logits[:, :-1].argmax(-1).tolist()
+        best = outcome.logits[: len(emitting), :-1].argmax(-1).tolist()
         return [
             [a == b for a, b in zip(w.sequence.draft.tokens[: w.drafted], best[row], strict=False)]
             for row, w in enumerate(emitting)
@@ -166,8 +178,14 @@ def params_of(emitting: Several[Work], device: torch.device) -> Params:
         torch.tensor([p.top_p for p in given], dtype=torch.float32).to(device),
         torch.tensor([p.top_k for p in given], dtype=torch.int32).to(device),
         torch.tensor([w.sequence.seed for w in emitting], dtype=torch.int64).to(device),
-        cut=any(p.top_p < 1 or p.top_k for p in given),
+        cut=any(cuts(w) for w in emitting),
     )
+
+
+def cuts(work: Work) -> bool:
+    """Whether the request's distribution is cut by top-p or top-k."""
+    params = work.sequence.request.params
+    return params.top_p < 1 or params.top_k > 0
 
 
 def logprobs_of(logits: Tensor, tokens: list[int], count: int) -> list[TokenLogprob]:

@@ -34,7 +34,14 @@ class Scheduler:
 
     def __init__(self, book: PageBook, *, rows: int, tokens: int, drafts: int, ahead: int, reuse: bool) -> None:
         assert rows * (1 + drafts) <= tokens
-        self.book, self.rows, self.tokens, self.drafts, self.ahead, self.reuse = book, rows, tokens, drafts, ahead, reuse
+        self.book, self.rows, self.tokens, self.drafts, self.ahead, self.reuse = (
+            book,
+            rows,
+            tokens,
+            drafts,
+            ahead,
+            reuse,
+        )
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in the order of arrival
         self.preemptions = self.queries = self.hits = 0

@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
     return int(bool(bad))
 
 
-def measured(engine_options: EngineOptions, against: Path, options: argparse.Namespace):  # noqa: ANN201
+def measured(engine_options: EngineOptions, against: Path, options: argparse.Namespace):
     """Figures on rank 0; None on the others, which only take part in the runtime's steps."""
     from core.models.load import load_tokenizer
     from infer.build import build_engine, join

@@ -61,6 +61,10 @@ class Weights:
     norm: Tensor
     layers: tuple[LayerWeights, ...]
 
+    def has_dense_experts(self) -> bool:
+        """Whether some experts are not in MXFP4."""
+        return any(isinstance(layer.experts, DenseWeights) for layer in self.layers)
+
     def nbytes(self) -> int:
         """Bytes of everything, shared tensors once."""
         found: dict[int, int] = {}

@@ -15,7 +15,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
     """`value` (FP32) in DTYPE, to nearest even; NaN stays NaN."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = value.to(tl.int32, bitcast=True)
         bits = tl.where(value == value, bits + 0x7FFF + ((bits >> 16) & 1), 0x7FC00000)
         result = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)

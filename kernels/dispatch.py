@@ -48,11 +48,14 @@ def check_tensor(
     name: str, tensor: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype, device: torch.device
 ) -> None:
     """FormatError unless `tensor` is contiguous and of that shape (None: any size), dtype and device."""
-    fits = tensor.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, tensor.shape, strict=True))
+    fits = tensor.dim() == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    )
     if not fits or tensor.dtype != dtype or tensor.device != device:
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise FormatError(
-            f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}: expected {dtype} ({wanted}) on {device}"
+            f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}: "
+            f"expected {dtype} ({wanted}) on {device}"
         )
     if not tensor.is_contiguous():
         raise FormatError(f"{name} is not contiguous: pass {name}.contiguous()")

@@ -1,4 +1,4 @@
-"""Assertions about kernels.rms_norm, kernels.linear, kernels.qkv_rope and kernels.router, for any device and backend."""
+"""Assertions about kernels.rms_norm, kernels.linear, kernels.qkv_rope and kernels.router, for any device."""
 
 from typing import Any
 
@@ -69,7 +69,9 @@ def check_linear(rows: int, sizes: tuple[int, int], dtype: torch.dtype, bias: bo
     wide = linear(x, weight, added, out_dtype=torch.float32, backend=backend)
     assert wide.dtype == torch.float32
     assert ((wide.double() - wanted).abs() <= 1e-5 * (inputs**0.5 + wanted.abs())).all()
-    rows_alone(wide, [linear(x[i : i + 1], weight, added, out_dtype=torch.float32, backend=backend) for i in range(rows)])
+    rows_alone(
+        wide, [linear(x[i : i + 1], weight, added, out_dtype=torch.float32, backend=backend) for i in range(rows)]
+    )
 
 
 def tables(heads: Heads, device: str) -> tuple[Tensor, Tensor]:
@@ -104,7 +106,8 @@ def check_qkv_rope(name: str, rows: int, dtype: torch.dtype, backend: str, devic
     assert q.shape == (rows, heads.heads, heads.head_dim)
     projected = linear(x, weight, bias, backend=backend).double()
     sizes = [heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim, heads.kv_heads * heads.value_dim]
-    parts = [p.unflatten(1, (-1, d)) for p, d in zip(projected.split(sizes, 1), (heads.head_dim,) * 2 + (heads.value_dim,), strict=True)]  # fmt: skip
+    dims = (heads.head_dim, heads.head_dim, heads.value_dim)
+    parts = [p.unflatten(1, (-1, d)) for p, d in zip(projected.split(sizes, 1), dims, strict=True)]
     wanted_q, wanted_k = (
         rotated(normed(part, weight_), cos[position], sin[position], heads)
         for part, weight_ in ((parts[0], q_norm), (parts[1], k_norm))
@@ -136,7 +139,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, heads: Heads) -> Tensor:
 def check_write_kv(dtype: torch.dtype, backend: str, device: str) -> None:
     k, v = values(5, 2, 6, dtype=dtype, device=device), values(5, 2, 3, dtype=dtype, device=device, seed=1)
     slot = torch.tensor([3, -1, 0, 7, 5], device=device)
-    k_cache, v_cache = torch.zeros(2, 4, 2, 6, dtype=dtype, device=device), torch.zeros(2, 4, 2, 3, dtype=dtype, device=device)
+    k_cache, v_cache = (
+        torch.zeros(2, 4, 2, 6, dtype=dtype, device=device),
+        torch.zeros(2, 4, 2, 3, dtype=dtype, device=device),
+    )
     write_kv(k, v, slot, k_cache, v_cache, backend=backend)
     for place, row in ((3, 0), (0, 2), (7, 3), (5, 4)):
         assert torch.equal(k_cache.flatten(0, 1)[place], k[row]) and torch.equal(v_cache.flatten(0, 1)[place], v[row])

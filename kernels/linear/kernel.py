@@ -80,9 +80,7 @@ def linear_kernel(x, weight, bias, out, tokens, N: tl.constexpr, K: tl.constexpr
     tl.store(out + place_TN, rounded(acc_TN, out.dtype.element_ty), mask=here_T[:, None] & here_N[None, :])
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, tile: Tile | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, tile: Tile | None = None) -> Tensor:
     """tile: None takes it from the sizes."""
     (count, inputs), outputs = x.shape, len(weight)
     out = torch.empty(count, outputs, dtype=out_dtype, device=x.device)

@@ -115,9 +115,7 @@ def qkv_rope(
     return work.qkv_rope(rows(x), weight, bias, (cos, sin, position), (slot, k_cache, v_cache), heads, q_norm, k_norm)
 
 
-def write_kv(
-    k: Tensor, v: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, *, backend: str = "auto"
-) -> None:
+def write_kv(k: Tensor, v: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tensor, *, backend: str = "auto") -> None:
     """Copy finished keys and values to their slots: a drafter's context, whose keys were made elsewhere.
 
     Args:

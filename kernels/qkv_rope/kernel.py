@@ -151,7 +151,10 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict
     types |= {"cos": "*fp32", "sin": "*fp32", "position": "*i64", "slot": "*i64"}
     types |= {"length": "i32", "slots": "i32", "eps": "fp32", "scale": "fp32"}
     cases = []
-    for name, heads, norm in (("part", Heads(64, 4, 192, 128, 64, 0.7), False), ("norm", Heads(32, 4, 128, 128, 128), True)):
+    for name, heads, norm in (
+        ("part", Heads(64, 4, 192, 128, 64, 0.7), False),
+        ("norm", Heads(32, 4, 128, 128, 128), True),
+    ):
         fixed = constants(heads, norm, norm)
         signature = types | dict.fromkeys(fixed, "constexpr")
         cases.append((f"qkv_rope {name}", place_kernel, signature, fixed, {"num_warps": 1}))

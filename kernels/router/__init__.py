@@ -77,9 +77,13 @@ def route(logits: Tensor, rule: Rule, bias: Tensor | None, *, backend: str = "au
     if bias is not None:
         check_tensor("bias", bias, (experts,), torch.float32, logits.device)
         if rule.kind != "sigmoid_bias":
-            raise FormatError(f"bias is given, and {rule.kind} has none: pass None (a linear bias belongs in the logits)")
+            raise FormatError(
+                f"bias is given, and {rule.kind} has none: pass None (a linear bias belongs in the logits)"
+            )
     if rule.groups > 1 and (experts % rule.groups or experts // rule.groups < 2):
         raise FormatError(f"logits have {experts} experts: expected groups={rule.groups} of equal size, 2 or more")
     if rule.top_k > experts // rule.groups * rule.top_groups:
-        raise FormatError(f"top_k={rule.top_k}, of {experts} experts in {rule.top_groups} of {rule.groups} groups: lower it")
+        raise FormatError(
+            f"top_k={rule.top_k}, of {experts} experts in {rule.top_groups} of {rule.groups} groups: lower it"
+        )
     return implementation(__name__, logits, backend).route(logits, rule, bias)

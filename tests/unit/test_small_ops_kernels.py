@@ -91,7 +91,9 @@ def test_rms_norm_is_the_models(dtype: torch.dtype) -> None:
 
 def test_routers_are_the_models() -> None:
     x = cases.values(17, 32, dtype=torch.float32, device="cpu")
-    qwen = Qwen3MoeTopKRouter(Qwen3MoeConfig(hidden_size=32, num_experts=12, num_experts_per_tok=3, norm_topk_prob=True))
+    qwen = Qwen3MoeTopKRouter(
+        Qwen3MoeConfig(hidden_size=32, num_experts=12, num_experts_per_tok=3, norm_topk_prob=True)
+    )
     oss = GptOssTopKRouter(GptOssConfig(hidden_size=32, num_local_experts=12, num_experts_per_tok=4))
     for module, rule in ((qwen, Rule("softmax_topk", 3)), (oss, Rule("topk_softmax", 4))):
         torch.nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(1))
