@@ -51,7 +51,10 @@ class Staging:
 
 @dataclass
 class Recorded:
+    """inputs: kept because the graph reads their memory."""
+
     staging: Staging
+    inputs: "Inputs"
     graph: torch.cuda.CUDAGraph
     outcome: "Outcome"
 
@@ -164,7 +167,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             outcome = self.compute(given)
-        return Recorded(staging, graph, outcome)
+        return Recorded(staging, given, graph, outcome)
 
 
 def power(count: int) -> int:
