@@ -49,7 +49,7 @@ class EngineOptions:
             "backend": (self.backend in BACKENDS, f"one of {', '.join(BACKENDS)}"),
             "rows": (1 <= self.rows <= 1024, "1 to 1024"),
             "step_tokens": (self.step_tokens is None or self.step_tokens >= 1, "at least 1"),
-            "page_size": (self.page_size in (4, 8, 16, 32, 64, 128), "a power of 2 from 4 to 128"),
+            "page_size": (self.page_size in (8, 16, 32, 64, 128), "a power of 2 from 8 to 128"),
             "kv_tokens": (self.kv_tokens is None or self.kv_tokens >= self.page_size, "at least one page"),
             "kv_share": (0 < self.kv_share <= 0.98, "above 0, at most 0.98"),
             "max_length": (self.max_length is None or self.max_length >= 2, "at least 2: a prompt and a reply token"),

@@ -130,7 +130,7 @@ class Round:
         if self.drafter is not None and computed.features is not None:
             self.drafter.extend(computed.features, step.position, step.groups, self.cache)
         rows = len(given.position)
-        logits = computed.logits.view(rows, self.drafts + 1, -1)
+        logits = computed.logits.view(rows, self.drafts + 1, computed.logits.shape[-1])
         if not rows:
             none = given.position
             return Outcome(none, none, logits, None)
