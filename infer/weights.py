@@ -135,7 +135,7 @@ class Loader:
             return self.place(torch.cat([cut(f"{stem}.{p}_proj.{kind}", where, dim) for p, where, dim in parts]))
 
         columns = slice(heads.start * g.value_dim, heads.stop * g.value_dim)
-        sinks = self.optional(f"{stem}.sinks", torch.float32)
+        sinks, out_bias = self.optional(f"{stem}.sinks", torch.float32), self.optional(f"{stem}.o_proj.bias")
         return {
             "qkv": fused("weight"),
             "qkv_bias": fused("bias") if self.has(f"{stem}.q_proj.bias") else None,
@@ -143,7 +143,7 @@ class Loader:
             "k_norm": self.optional(f"{stem}.k_norm.weight"),
             "sinks": None if sinks is None else sinks[heads].contiguous(),
             "out": self.place(self.whole(f"{stem}.o_proj.weight")[:, columns]),
-            "out_bias": self.optional(f"{stem}.o_proj.bias") if shard.rank == 0 else None,  # added once
+            "out_bias": None if shard.rank else out_bias,  # added once
         }
 
     def dense(self, stem: str) -> dict[str, Tensor]:
