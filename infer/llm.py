@@ -7,7 +7,8 @@
     for reply in llm.generate(["The sky is"], SamplingParams(max_tokens=32)):
         print(reply.text)
 
-Under torchrun every rank runs the same script; every rank gets every reply.
+Under torchrun every rank runs the same script and gets every reply; use `with LLM(...) as llm:`, at whose end the ranks
+wait for each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,8 @@ from core.errors import ConfigError
 from core.models.load import load_tokenizer
 from infer.build import build_engine, join
 from infer.options import EngineOptions
-from infer.parallel import Ranks, leave
-from infer.request import FAILED, STOP, Engine, EngineStats, Output, Request, SamplingParams, TokenLogprob
+from infer.parallel import Ranks, together
+from infer.request import STOP, Engine, EngineStats, Output, Request, SamplingParams, TokenLogprob
 from infer.text import TextStream
 
 Text = str | Sequence[int]
@@ -175,20 +176,13 @@ class LLM:
     def stats(self) -> EngineStats:
         return self.engine.stats()
 
-    def close(self) -> None:
-        """Needed under torchrun only: wait for the other ranks and end the group."""
-        leave(self.ranks)
-
     def __enter__(self) -> "LLM":
+        self.group = together(self.ranks)
+        self.group.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-
-
-def failure(completion: Completion) -> str | None:
-    """A line for a reply that could not be made."""
-    return completion.error if completion.finish == FAILED else None
+        """Needed under torchrun only: wait for the other ranks and end the group."""
+        self.group.__exit__(kind, error, trace)

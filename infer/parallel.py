@@ -13,7 +13,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -158,8 +159,19 @@ def beat(store: Any, rank: int, world: int, done: threading.Event, dead: Callabl
             return
 
 
-def leave(ranks: Ranks) -> None:
-    """Wait for the other ranks and end the group; call it when there is nothing left to do."""
+@contextmanager
+def together(ranks: Ranks) -> Iterator[None]:
+    """The work of a group: at its end all ranks wait for each other and part.
+
+    A rank that dies breaks the others' sums. Its name is worth more than their errors, so an error waits for the
+    watcher, which ends this process, and goes on only if every rank is alive.
+    """
+    try:
+        yield
+    except Exception:
+        if ranks.watching is not None:
+            time.sleep(DEAD + 5 * BEAT)
+        raise
     if ranks.watching is not None:
         dist.barrier()
         ranks.watching.set()

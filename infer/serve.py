@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from infer.build import build_engine, join
 from infer.command import ending
 from infer.lockstep import LeadEngine, follow
 from infer.options import add_options, options_of
-from infer.parallel import leave
+from infer.parallel import together
 from infer.server.app import Server, Settings
 
 KEY_VARIABLE = "FP4FLASH_API_KEY"
@@ -72,18 +73,17 @@ def run(options: argparse.Namespace) -> int:
     settings, engine_options = settings_of(options), options_of(options)
     tokenizer = tokenizer_of(Path(options.model))
     ranks = join(engine_options)
-    engine = build_engine(engine_options, ranks)
-    if not ranks.first:
-        follow(engine, ranks)
-    elif ranks.shard.world == 1:
-        asyncio.run(serve(Server(engine, tokenizer, settings), options))
-    else:
-        lead = LeadEngine(engine, ranks)
-        try:
-            asyncio.run(serve(Server(lead, tokenizer, settings), options))
-        finally:
-            lead.close()
-    leave(ranks)
+    with together(ranks):
+        engine = build_engine(engine_options, ranks)
+        if not ranks.first:
+            for name in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(name, signal.SIG_IGN)  # rank 0 says when to end
+            follow(engine, ranks)
+        elif ranks.shard.world == 1:
+            asyncio.run(serve(Server(engine, tokenizer, settings), options))
+        else:
+            with closing(LeadEngine(engine, ranks)) as lead:
+                asyncio.run(serve(Server(lead, tokenizer, settings), options))
     return 0
 
 

@@ -87,20 +87,20 @@ def measured(engine_options: EngineOptions, against: Path, options: argparse.Nam
     from core.models.load import load_tokenizer
     from infer.build import build_engine, join
     from infer.compare import Plan, compare, texts_of, trained_tau
-    from infer.parallel import leave
+    from infer.parallel import together
 
     tokenizer = load_tokenizer(engine_options.model) or load_tokenizer(against)
     if tokenizer is None:
         raise ConfigError(f"neither {engine_options.model} nor {against} has a tokenizer.json; copy the base model's")
     ranks = join(engine_options)
-    engine = build_engine(engine_options, ranks)
-    length = min(options.length, engine.max_length)
-    documents = texts_of(options.text, tokenizer, options.documents, length)
-    prompts = [d[: max(1, min(32, len(d) // 2))] for d in documents][: options.replies]
-    tau = trained_tau(engine_options.drafter) if engine_options.drafter else None
-    plan = Plan(documents, prompts, min(options.reply_tokens, engine.max_length - 32), options.layers, tau)
-    found = compare(engine, against, plan)
-    leave(ranks)
+    with together(ranks):
+        engine = build_engine(engine_options, ranks)
+        length = min(options.length, engine.max_length)
+        documents = texts_of(options.text, tokenizer, options.documents, length)
+        prompts = [d[: max(1, min(32, len(d) // 2))] for d in documents][: options.replies]
+        tau = trained_tau(engine_options.drafter) if engine_options.drafter else None
+        plan = Plan(documents, prompts, min(options.reply_tokens, engine.max_length - 32), options.layers, tau)
+        found = compare(engine, against, plan)
     return found if ranks.first else None
 
 

@@ -65,7 +65,9 @@ def test_a_drafter_changes_no_greedy_token(made: Made, options: dict[str, Any]) 
     assert sum(stats.accepted_at) == stats.accepted and (stats.preemptions > 0) == ("kv_tokens" in options)
 
 
-@pytest.mark.parametrize("changes", [{}, {"causal": True, "selector_top_k": 4, "selector_rank": 8}], ids=("plain", "walk"))
+@pytest.mark.parametrize(
+    "changes", [{}, {"causal": True, "selector_top_k": 4, "selector_rank": 8}], ids=("plain", "walk")
+)
 def test_every_round_is_that_of_the_plain_loop(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Drafts, probabilities, candidates, acceptance: the whole log, but that no draft goes beyond the reply's end."""
     made = Made(tmp_path, "gpt_oss", **changes)

@@ -78,7 +78,9 @@ def test_shards_add_up(tmp_path: Path, family: str, world: int) -> None:
         with pytest.raises(ConfigError, match="num_attention_heads=2"):
             load_weights(folder, dtype=torch.float32, device=device, shard=Shard(0, world))
         return
-    parts = [load_weights(folder, dtype=torch.float32, device=device, shard=Shard(r, world)).weights for r in range(world)]
+    parts = [
+        load_weights(folder, dtype=torch.float32, device=device, shard=Shard(r, world)).weights for r in range(world)
+    ]
     whole = load_weights(folder, dtype=torch.float32, device=device, shard=Shard()).weights
     for index, layer in enumerate(whole.layers):
         found = torch.cat([p.layers[index].out for p in parts], dim=1)
