@@ -107,7 +107,7 @@ def test_every_tile_of_a_linear_layer_gives_the_same_bits() -> None:
     x, weight, bias = brain(70, 2880, seed=1), brain(520, 2880, seed=2), brain(520, seed=3)
     wanted = reference.linear(x.cpu(), weight.cpu(), bias.cpu(), torch.float32).double()
     first = tiled(x, weight, bias, torch.float32)
-    assert float((first.double().cpu() - wanted).norm() / wanted.norm()) < 1e-6
+    assert float((first.double().cpu() - wanted).norm() / wanted.norm()) < 2.0**-15  # tensor cores truncate sums
     for tile in (*(tile for *_, tile in TILES), PREFILL, Tile(16, 64, 2), Tile(32, 16, 1)):
         assert torch.equal(tiled(x, weight, bias, torch.float32, tile), first), tile
 
