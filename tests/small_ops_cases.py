@@ -26,6 +26,9 @@ RULES = {
     "qwen, as they are": (Rule("softmax_topk", 3, normalise=False), 24),
     "gpt-oss": (Rule("topk_softmax", 4), 32),
     "all of few": (Rule("topk_softmax", 5), 5),
+    "one": (Rule("softmax_topk", 1), 1),
+    "odd": (Rule("sigmoid_bias", 7, scaling=2.5), 31),
+    "odd groups": (Rule("sigmoid_bias", 5, groups=11, top_groups=3), 33),
 }
 
 
@@ -190,3 +193,5 @@ def check_router_ties(backend: str, device: str) -> None:
         logits = torch.tensor([[0.0, -0.0, 1.0, 1.0, float("nan"), 1.0]], device=device)
         chosen, _ = route(logits, rule, None, backend=backend)
         assert chosen.tolist() == [[2, 3, 5]]
+    logits = torch.tensor([[float("nan"), float("-inf"), 0.0, float("nan"), float("-inf")]], device=device)
+    assert route(logits, Rule("softmax_topk", 5), None, backend=backend)[0].tolist() == [[2, 1, 4, 0, 3]]

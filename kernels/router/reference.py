@@ -17,9 +17,10 @@ LOWEST = float("-inf")
 
 
 def first(rank: Tensor, count: int) -> Tensor:
-    """Indices [..., count] of the largest, in order; of equals the lower index first; NaN as -Inf."""
-    clean = torch.where(rank.isnan(), LOWEST, rank)
-    return clean.sort(dim=-1, descending=True, stable=True)[1][..., :count]
+    """Indices [..., count] of the largest, in order; of equals the lower index first; NaN after every number."""
+    order = torch.where(rank.isnan(), LOWEST, rank).sort(dim=-1, descending=True, stable=True)[1]
+    numbers_first = rank.isnan().gather(-1, order).to(torch.uint8).sort(dim=-1, stable=True)[1]
+    return order.gather(-1, numbers_first)[..., :count]
 
 
 def route(logits: Tensor, rule: "Rule", bias: Tensor | None) -> tuple[Tensor, Tensor]:

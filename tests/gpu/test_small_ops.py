@@ -10,7 +10,7 @@ from kernels.rms_norm import rms_norm
 from kernels.router import route
 from tests import small_ops_cases as cases
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 DTYPES = pytest.mark.parametrize("dtype", cases.DTYPES, ids=("bf16", "fp32"))
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GptOssConfig, Qwen3MoeConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm, Qwen3MoeTopKRouter
+from torch import nn
+from transformers import GptOssConfig, MiMoV2FlashConfig, Qwen3MoeConfig
+from transformers.models.gpt_oss import modeling_gpt_oss as oss
+from transformers.models.mimo_v2_flash import modeling_mimo_v2_flash as mimo
+from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen
 
 from core.errors import ConfigError, FormatError, UnsupportedError
 from kernels.linear import linear
@@ -39,14 +41,14 @@ def test_everything_again_under_the_triton_interpreter() -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 33), (33, 96), (2, 1000)])
+@pytest.mark.parametrize(("rows", "size"), [(1, 64), (3, 33), (33, 96), (2, 1000), (31, 1)])
 def test_rms_norm(rows: int, size: int, dtype: torch.dtype) -> None:
     cases.check_rms_norm(rows, size, dtype, BACKEND, "cpu")
 
 
 @DTYPES
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "sizes"), [(1, (128, 33)), (3, (31, 16)), (33, (160, 40))])
+@pytest.mark.parametrize(("rows", "sizes"), [(1, (128, 33)), (3, (31, 16)), (33, (160, 40)), (2, (1, 1))])
 def test_linear(rows: int, sizes: tuple[int, int], bias: bool, dtype: torch.dtype) -> None:
     cases.check_linear(rows, sizes, dtype, bias, BACKEND, "cpu")
 
@@ -81,31 +83,100 @@ def test_no_rows_at_all() -> None:
 
 
 @DTYPES
-def test_rms_norm_is_the_models(dtype: torch.dtype) -> None:
-    module = Qwen3MoeRMSNorm(48, eps=1e-5).to(dtype)
-    module.weight.data = cases.values(48, dtype=dtype, device="cpu", seed=2)
+@pytest.mark.parametrize("module", [mimo.MiMoV2FlashRMSNorm, oss.GptOssRMSNorm, qwen.Qwen3MoeRMSNorm])
+def test_rms_norm_is_the_models(module: type[nn.Module], dtype: torch.dtype) -> None:
+    theirs = module(48, eps=1e-5).to(dtype)
+    theirs.weight.data = cases.values(48, dtype=dtype, device="cpu", seed=2)
     x = cases.values(9, 48, dtype=dtype, device="cpu")
-    found = rms_norm(x, module.weight.data, 1e-5, backend=BACKEND)
-    assert (found.double() - module(x).double()).abs().max() <= (2**-6 if dtype == torch.bfloat16 else 1e-6)
+    found, wanted = rms_norm(x, theirs.weight.data, 1e-5, backend=BACKEND), theirs(x)
+    cases.near(found, wanted.double(), dtype, 2)
+    if BACKEND == "reference" and module is not oss.GptOssRMSNorm:  # which rounds once
+        assert torch.equal(found, wanted)
 
 
-def test_routers_are_the_models() -> None:
+MIMO = MiMoV2FlashConfig(
+    hidden_size=32, n_routed_experts=12, num_experts_per_tok=3, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=24, v_head_dim=16, num_hidden_layers=2,
+    layer_types=["full_attention", "sliding_attention"], mlp_layer_types=["sparse", "sparse"],
+    max_position_embeddings=64,
+)  # fmt: skip
+QWEN = Qwen3MoeConfig(
+    hidden_size=32, num_experts=12, num_experts_per_tok=3, norm_topk_prob=True, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, max_position_embeddings=64,
+)  # fmt: skip
+OSS = GptOssConfig(
+    hidden_size=32, num_local_experts=12, num_experts_per_tok=4, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=16, num_hidden_layers=2,
+)  # fmt: skip
+
+
+def filled(module: nn.Module) -> nn.Module:
+    """Every parameter and correction bias random; weights small enough that scores spread."""
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if "inv_freq" not in name:
+            nn.init.normal_(tensor, std=0.3, generator=generator)
+    return module.eval()
+
+
+@pytest.mark.parametrize(
+    ("module", "rule"),
+    [
+        (mimo.MiMoV2FlashTopkRouter(MIMO), Rule("sigmoid_bias", 3, groups=4, top_groups=2, scaling=2.5)),
+        (qwen.Qwen3MoeTopKRouter(QWEN), Rule("softmax_topk", 3)),
+        (oss.GptOssTopKRouter(OSS), Rule("topk_softmax", 4)),
+    ],
+    ids=("mimo", "qwen", "gpt-oss"),
+)
+@torch.no_grad()
+def test_routers_are_the_models(module: nn.Module, rule: Rule) -> None:
+    """As one vector of weights a token, since MiMo-V2's module returns its experts in no order."""
     x = cases.values(17, 32, dtype=torch.float32, device="cpu")
-    qwen = Qwen3MoeTopKRouter(
-        Qwen3MoeConfig(hidden_size=32, num_experts=12, num_experts_per_tok=3, norm_topk_prob=True)
-    )
-    oss = GptOssTopKRouter(GptOssConfig(hidden_size=32, num_local_experts=12, num_experts_per_tok=4))
-    for module, rule in ((qwen, Rule("softmax_topk", 3)), (oss, Rule("topk_softmax", 4))):
-        torch.nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(1))
-        bias = getattr(module, "bias", None)
-        if bias is not None:
-            torch.nn.init.normal_(bias, generator=torch.Generator().manual_seed(2))
-        with torch.no_grad():
-            _, weight, chosen = module(x)
-            logits = torch.nn.functional.linear(x, module.weight, bias)
-        found, found_weight = route(logits, rule, None, backend=BACKEND)
-        assert torch.equal(found.long(), chosen)
-        assert torch.allclose(found_weight, weight, atol=1e-6)
+    _, their_weight, theirs = filled(module)(x)
+    logits = linear(x, module.weight, getattr(module, "bias", None), backend=BACKEND)
+    chosen, weight = route(logits, rule, getattr(module, "e_score_correction_bias", None), backend=BACKEND)
+    found, wanted = (torch.full((17, 12), -1.0) for _ in range(2))
+    found.scatter_(1, chosen.long(), weight)
+    wanted.scatter_(1, theirs, their_weight)
+    assert torch.allclose(found, wanted, atol=1e-6)
+
+
+ROPES = {
+    "mimo": (mimo, mimo.MiMoV2FlashAttention(MIMO, 1), mimo.MiMoV2FlashRotaryEmbedding(MIMO), ("sliding_attention",)),
+    "qwen": (qwen, qwen.Qwen3MoeAttention(QWEN, 0), qwen.Qwen3MoeRotaryEmbedding(QWEN), ()),
+    "gpt-oss": (oss, oss.GptOssAttention(OSS, 0), oss.GptOssRotaryEmbedding(OSS), ()),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+@torch.no_grad()
+def test_queries_keys_and_values_are_the_models(name: str) -> None:
+    """In FP32, from the modules' projections, norms and rotation; MiMo-V2 turns 8 of 24 dims, GPT-OSS has YaRN."""
+    family, module, rotary, layer = ROPES[name]
+    filled(module)
+    x, position = cases.values(7, 32, dtype=torch.float32, device="cpu"), torch.arange(7) * 9
+    cos, sin = rotary(x, position[None], *layer)
+    value_dim, scale = getattr(module, "v_head_dim", module.head_dim), getattr(module, "v_scale", 1.0)
+    q, k = (project(x).unflatten(1, (-1, module.head_dim)) for project in (module.q_proj, module.k_proj))
+    v = module.v_proj(x).unflatten(1, (-1, value_dim)) * scale
+    q_norm = k_norm = None
+    if name == "qwen":
+        q, k, q_norm, k_norm = module.q_norm(q), module.k_norm(k), module.q_norm.weight, module.k_norm.weight
+    q, k = (t[0] for t in family.apply_rotary_pos_emb(q[None], k[None], cos, sin, unsqueeze_dim=2))
+
+    half = cos.shape[-1] if name == "gpt-oss" else cos.shape[-1] // 2
+    table = [torch.zeros(64, half).index_copy(0, position, t[0, :, :half]) for t in (cos, sin)]
+    heads = Heads(4, k.shape[1], module.head_dim, value_dim, 2 * half, scale)
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    weight = torch.cat([p.weight for p in projections])
+    bias = torch.cat([p.bias for p in projections]) if name == "gpt-oss" else None
+    k_cache, v_cache = torch.zeros(2, 4, *k.shape[1:]), torch.zeros(2, 4, *v.shape[1:])
+    found = qkv_rope(
+        x, weight, bias, *table, position, torch.arange(7), k_cache, v_cache, heads, q_norm=q_norm, k_norm=k_norm,
+        backend=BACKEND,
+    )  # fmt: skip
+    for ours, theirs in ((found, q), (k_cache.flatten(0, 1)[:7], k), (v_cache.flatten(0, 1)[:7], v)):
+        assert torch.allclose(ours, theirs, atol=2e-6)
 
 
 def test_a_position_beyond_the_tables_and_a_slot_beyond_the_cache_are_refused() -> None:
