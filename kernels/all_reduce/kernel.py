@@ -79,12 +79,12 @@ def reduce_kernel(x, data, flags, epochs, residual, weight, y, out, rows, rank, 
         half += (epoch & 1).to(tl.int64) * capacity
         own = part_of(data, rank, capacity, KIND, SHARED) + half
         for row in range(block, rows, BLOCKS):
-            at_G = tl.to_tensor(row).to(tl.int64) * G + column_G
+            at_G = (tl.program_id(0) * 0 + row).to(tl.int64) * G + column_G
             tl.store(own + at_G, tl.load(x + at_G, mask=here_G), mask=here_G)
         meet(flags, rank, block, epoch, WORLD, RANKS)
         tl.store(epochs + block, epoch)
     for row in range(block, rows, BLOCKS):
-        at_G = tl.to_tensor(row).to(tl.int64) * G + column_G
+        at_G = (tl.program_id(0) * 0 + row).to(tl.int64) * G + column_G
         first = part_of(data, 0, capacity, KIND, SHARED) + half
         sum_G = tl.load(first + at_G, mask=here_G, other=0.0).to(tl.float32)
         for peer in tl.static_range(1, WORLD):

@@ -233,7 +233,7 @@ def pick_kernel(logits, peaks, edges, temperatures, sums, seeds, positions, out,
                 TILE: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     """out int64 [R]."""
     site, n = tl.program_id(0), tl.arange(0, TILES)
-    word = noise(tl.load(seeds + site), tl.load(positions + site), tl.to_tensor(stream))
+    word = noise(tl.load(seeds + site), tl.load(positions + site), tl.program_id(0) * 0 + stream)
     sum_N = tl.load(sums + site * tiles + n, mask=n < tiles, other=0)
     tile, place, total = tile_of(sum_N, word, TILES)
     index_T = tile * TILE + tl.arange(0, TILE)
@@ -259,7 +259,7 @@ def uniform_kernel(seeds, positions, out, count, stream, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     seed, position = tl.load(seeds + index, mask=inside, other=0), tl.load(positions + index, mask=inside, other=0)
-    word = noise(seed, position, tl.to_tensor(stream))
+    word = noise(seed, position, tl.program_id(0) * 0 + stream)
     tl.store(out + index, (word >> 8).to(tl.float32) * 5.9604644775390625e-08, mask=inside)
 
 

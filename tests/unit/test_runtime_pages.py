@@ -1,4 +1,4 @@
-"""Pages: nobody loses or shares one by mistake, the prefix cache finds what is there, windows let go of what slid out."""
+"""Pages: none is lost or shared by mistake, the prefix cache finds what is there, windows let go of the rest."""
 
 import random
 
