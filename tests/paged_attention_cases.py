@@ -161,7 +161,7 @@ LAYERS = {
     "block": Layer(causal=False),
     "block, window 20": Layer(causal=False, window=20),
     "pages of 64": Layer(page=64, heads=2),
-    "pages of 8": Layer(page=8, heads=2),
+    "pages of 4": Layer(page=4, heads=2),
     "float32": Layer(dtype=torch.float32),
     "float16": Layer(dtype=torch.float16, sinks=True),
 }

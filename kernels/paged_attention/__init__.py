@@ -95,8 +95,8 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, sin
             f"k_cache {tuple(k.shape)} and v_cache {tuple(v.shape)} differ before the last dimension, "
             f"or k_cache's last is not q's {q.shape[2]}"
         )
-    if k.shape[1] not in (8, 16) and (k.shape[1] % 32 or not k.shape[1]):
-        raise FormatError(f"k_cache has pages of {k.shape[1]} keys: want 8, 16 or a multiple of 32")
+    if not k.shape[1] or (32 % k.shape[1] and k.shape[1] % 32):
+        raise FormatError(f"k_cache has pages of {k.shape[1]} keys: want a divisor or a multiple of 32")
     if k.shape[2] == 0 or q.shape[1] % k.shape[2]:
         raise FormatError(f"q has {q.shape[1]} heads, k_cache {k.shape[2]}: want a multiple")
     if q.shape[2] % 8 or v.shape[3] % 8 or not q.shape[2] or not v.shape[3]:

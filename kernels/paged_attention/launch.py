@@ -32,6 +32,7 @@ class Shape:
 # The smallest that holds a request's rows is taken. The bits do not depend on it.
 SPLIT_SHAPES = (Shape(16, 2), Shape(64, 4), Shape(128, 8))
 FOLD_SHAPES = (Shape(16, 2), Shape(64, 4))
+EXACT_SHAPES = (Shape(16, 4, 1),)  # FP32 has no tensor cores: the plain units do its products, for tests
 
 
 def pieces_of(keys: int) -> int:
@@ -39,11 +40,6 @@ def pieces_of(keys: int) -> int:
     unit = (keys - 1) >> PIECE_BITS
     level = max(0, unit.bit_length() - 7)
     return (level << 6) + (unit >> level) + 1
-
-
-def shape_for(shapes: tuple[Shape, ...], rows: int) -> Shape:
-    """The smallest that holds the rows, or the largest."""
-    return next((shape for shape in shapes if shape.rows >= rows), shapes[-1])
 
 
 @dataclass(frozen=True)
@@ -54,6 +50,7 @@ class Problem:
     batch: "Batch"
     scale: float
     constants: dict[str, Any]
+    shape: Shape | None
 
     @property
     def group(self) -> int:
@@ -62,6 +59,11 @@ class Problem:
     @property
     def lanes(self) -> int:
         return len(self.batch.length) * self.constants["KH"]
+
+    def pick(self, shapes: tuple[Shape, ...], rows: int) -> Shape:
+        """The smallest that holds the rows, or the largest."""
+        shapes = EXACT_SHAPES if self.tensors[0].dtype == torch.float32 else shapes
+        return self.shape or next((shape for shape in shapes if shape.rows >= rows), shapes[-1])
 
     def most_pieces(self, queries: int) -> int:
         """Pieces that a request's queries can see between them."""
@@ -84,7 +86,7 @@ def launch(problem: Problem, out: Tensor, scratch: tuple[Tensor, Tensor], shape:
 def fold(problem: Problem, out: Tensor, least: int) -> None:
     """Requests with at least `least` queries; a program walks all keys of its rows."""
     rows = problem.batch.longest_query * problem.group
-    shape = shape_for(FOLD_SHAPES, rows)
+    shape = problem.pick(FOLD_SHAPES, rows)
     grid = (triton.cdiv(rows, shape.rows), problem.lanes + problem.constants["KH"], 1)
     launch(problem, out, (out, out), shape, grid, rows, FOLD=True, LEAST=least, MOST=2**31 - 1)
 
@@ -93,7 +95,7 @@ def split(problem: Problem, out: Tensor, clear: bool) -> None:
     """Requests with at most FEW queries; a program a piece, and a second launch that adds the pieces up."""
     queries = min(problem.batch.longest_query, FEW)
     rows, pieces = queries * problem.group, pieces_of(problem.batch.longest_key)
-    shape = shape_for(SPLIT_SHAPES, rows)
+    shape = problem.pick(SPLIT_SHAPES, rows)
     constants, value_dim = problem.constants, out.shape[-1]
     part = torch.empty(problem.lanes * pieces * rows * value_dim, dtype=torch.float32, device=out.device)
     stat = torch.empty(problem.lanes * pieces * 2 * rows, dtype=torch.float32, device=out.device)
@@ -117,8 +119,9 @@ def paged_attention(
     window: int | None,
     sinks: Tensor | None,
     causal: bool,
+    shape: Shape | None = None,
 ) -> Tensor:
-    """Arguments as kernels.paged_attention.paged_attention, checked there."""
+    """Arguments as kernels.paged_attention.paged_attention, checked there; `shape` instead of the usual ones."""
     value_dim = v_cache.shape[3]
     out = torch.empty(*q.shape[:2], value_dim, dtype=q.dtype, device=q.device)
     _, page, kv_heads, head_dim = k_cache.shape
@@ -126,7 +129,7 @@ def paged_attention(
     strides = (*q.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3])
     constants |= dict(zip(STRIDES, strides, strict=True))
     tensors = (q, k_cache, v_cache, q if sinks is None else sinks.contiguous())
-    problem = Problem(tensors, batch, scale * LOG2E.value, constants)
+    problem = Problem(tensors, batch, scale * LOG2E.value, constants, shape)
     tiles = triton.cdiv(min(batch.longest_query, FEW) * problem.group, FOLD_SHAPES[-1].rows)
     spread = problem.most_pieces(min(batch.longest_query, FEW)) > 2 and problem.lanes * tiles < FULL
     with torch.cuda.device_of(q):

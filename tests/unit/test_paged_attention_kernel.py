@@ -166,7 +166,7 @@ def test_backends_by_name() -> None:
 
 @compiled
 def test_hopper_code_is_what_speed_and_invariance_rest_on() -> None:
-    """Without a GPU: asynchronous 16-byte copies, no wgmma, nothing flushed in products, one instruction, it fits."""
+    """Asynchronous 16-byte copies, no wgmma, products that flush nothing, one instruction, and it fits."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
