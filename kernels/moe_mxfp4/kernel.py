@@ -58,8 +58,13 @@ class Tile:
     num_stages: int = 4
 
 
-DECODE = Tile()
+# Measured on an H200 at the shapes of benchmarks/moe_mxfp4.py; any of them gives the same bits.
+DECODE = Tile(num_stages=3)
+LONG = Tile()  # rows of 4,096 values and more, or few pairs
+SPREAD = Tile(rows=32, num_stages=6)  # few pairs and few rows: more programs, more of the bytes on their way at once
+SINGLE = Tile(num_warps=1)  # a row is one step
 PREFILL = Tile(pairs=32, num_stages=3)
+PROGRAMS = 132  # multiprocessors of an H200
 
 
 @triton.jit
@@ -222,9 +227,21 @@ def combine_kernel(part, chosen, out, SLOTS: tl.constexpr, HIDDEN: tl.constexpr,
     tl.store(out + token * HIDDEN + column_C, rounded(total_C), mask=column_C < HIDDEN)
 
 
-def tile_for(pairs: int, experts: int) -> Tile:
-    """Narrow tiles while an expert has few pairs; every tile gives the same bits."""
-    return DECODE if pairs <= 4 * experts else PREFILL
+def tile_for(pairs: int, experts: int, rows: int, k: int) -> Tile:
+    """For a product with `rows` outputs over k inputs. Narrow tiles while an expert has few pairs."""
+    if pairs > 4 * experts:
+        return PREFILL
+    if k <= BLOCK_K:
+        return SINGLE
+    if pairs * triton.cdiv(rows, DECODE.rows) < PROGRAMS:
+        return SPREAD
+    return LONG if k >= 4096 or pairs <= 16 else DECODE
+
+
+def tiles_for(pairs: int, weights: ExpertWeights) -> tuple[Tile, Tile]:
+    """Of gate_up and of down, which share a table and so have as many pairs."""
+    first = tile_for(pairs, weights.experts, 2 * weights.intermediate, weights.hidden)
+    return first, tile_for(pairs, weights.experts, weights.hidden, weights.intermediate)
 
 
 def first_half(x: Tensor, weights: ExpertWeights, table: Table, slots: int, activation: Activation, tile: Tile,
@@ -265,7 +282,7 @@ def gate_up(
     out = torch.zeros(*chosen.shape, weights.intermediate, dtype=x.dtype, device=x.device)
     if chosen.numel() == 0:
         return out
-    tile = tile or tile_for(chosen.numel(), weights.experts)
+    tile = tile or tiles_for(chosen.numel(), weights)[0]
     with torch.cuda.device_of(x):
         placed, table = prepare(x, chosen, weights.experts, tile.pairs)
         first_half(placed, weights, table, chosen.shape[1], activation, tile, out.flatten(0, 1), placed=False)
@@ -275,7 +292,7 @@ def gate_up(
 def down(h: Tensor, weights: ExpertWeights, chosen: Tensor, weight: Tensor, tile: Tile | None = None) -> Tensor:
     if chosen.numel() == 0:
         return torch.zeros(len(h), weights.hidden, dtype=h.dtype, device=h.device)
-    tile = tile or tile_for(chosen.numel(), weights.experts)
+    tile = tile or tiles_for(chosen.numel(), weights)[1]
     with torch.cuda.device_of(h):
         placed, table = prepare(h.flatten(0, 1), chosen, weights.experts, tile.pairs)
         return second_half(placed, weights, table, chosen, weight, tile)
@@ -285,12 +302,12 @@ def experts(x: Tensor, weights: ExpertWeights, chosen: Tensor, weight: Tensor, a
             tile: Tile | None = None) -> Tensor:  # fmt: skip
     if chosen.numel() == 0:
         return torch.zeros_like(x)
-    tile = tile or tile_for(chosen.numel(), weights.experts)
+    first, second = (tile, tile) if tile else tiles_for(chosen.numel(), weights)
     with torch.cuda.device_of(x):
-        placed, table = prepare(x, chosen, weights.experts, tile.pairs)
+        placed, table = prepare(x, chosen, weights.experts, first.pairs)
         h = torch.empty(chosen.numel(), padded(weights.intermediate), dtype=x.dtype, device=x.device)
-        first_half(placed, weights, table, chosen.shape[1], activation, tile, h, placed=True)
-        return second_half(h, weights, table, chosen, weight, tile)
+        first_half(placed, weights, table, chosen.shape[1], activation, first, h, placed=True)
+        return second_half(h, weights, table, chosen, weight, second)
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
@@ -310,11 +327,11 @@ def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict
 
     for model, hidden, width, clamped in (("mimo_v2_5_pro rank", 6144, 256, False), ("gpt_oss_120b", 2880, 2880, True)):
         bias = {} if clamped else {"bias": None}
-        for tile in (DECODE, PREFILL):
+        for tile in (SPREAD, LONG, PREFILL) if width == 256 else (DECODE, PREFILL):
             common = {"HIDDEN": hidden, "WIDTH": width} | tile_options(tile)
             del common["num_warps"]
             rows = {"X_ROW": padded(hidden), "OUT_ROW": padded(width), "SLOTS": 8, "CLAMPED": clamped, "PLACED": True}
-            name = f"{model}, {tile.pairs} pairs"
+            name = f"{model}, {tile.rows} rows, {tile.pairs} pairs"
             add(f"gate_up {name}", gate_up_kernel, first, common | rows | bias, tile.num_warps)
             add(f"down {name}", down_kernel, second, common | {"H_ROW": padded(width)} | bias, tile.num_warps)
         sizes = {

@@ -35,9 +35,9 @@ def test_routing() -> None:
 
 
 def test_same_bits_in_any_company() -> None:
-    from kernels.moe_mxfp4.kernel import DECODE, PREFILL, Tile
+    from kernels.moe_mxfp4.kernel import DECODE, LONG, PREFILL, SINGLE, SPREAD, Tile
 
-    tiles = [DECODE, PREFILL, Tile(pairs=16), Tile(rows=32, num_warps=1), Tile(num_stages=2)]
+    tiles = [DECODE, LONG, SPREAD, SINGLE, PREFILL, Tile(pairs=16), Tile(rows=32, num_warps=1), Tile(num_stages=2)]
     cases.assert_same_bits_in_any_company("cuda", tiles)
 
 

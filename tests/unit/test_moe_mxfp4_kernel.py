@@ -82,9 +82,9 @@ def test_scales_through_both_halves(byte: int, backend: str) -> None:
 
 @interpreted
 def test_same_bits_in_any_company() -> None:
-    from kernels.moe_mxfp4.kernel import DECODE, PREFILL, Tile
+    from kernels.moe_mxfp4.kernel import DECODE, LONG, PREFILL, SINGLE, SPREAD, Tile
 
-    cases.assert_same_bits_in_any_company("cpu", [DECODE, PREFILL, Tile(pairs=16)])
+    cases.assert_same_bits_in_any_company("cpu", [DECODE, LONG, SPREAD, SINGLE, PREFILL, Tile(pairs=16)])
 
 
 @interpreted
