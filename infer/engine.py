@@ -149,9 +149,9 @@ class ModelEngine:
 
     def log(self, work: Work, emitted: Emitted, kept: int, anchor: int, finish: str | None) -> None:
         """One line of the round log; the token that follows a prompt belongs to no round."""
-        if self.on_round is None or not work.drafted:
-            return
         sequence, draft = work.sequence, work.sequence.draft
+        if self.on_round is None or not draft.tokens:
+            return
         ranks = [
             row.index(token) if token in row else -1
             for token, row in zip(emitted.tokens[: work.drafted], draft.candidates, strict=False)
