@@ -38,6 +38,11 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     params, engine = sampling_of(options), options_of(options)
+    if options.dry_run:
+        from infer.plan import plan_text
+
+        print(plan_text(engine))
+        return 0
     from infer.llm import LLM
 
     given = {k: v for k, v in vars(engine).items() if k not in ("model", "drafter")}

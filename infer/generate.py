@@ -78,7 +78,13 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    params, texts, engine = sampling_of(options), prompts_of(options), options_of(options)
+    params, engine = sampling_of(options), options_of(options)
+    if options.dry_run:
+        from infer.plan import plan_text
+
+        print(plan_text(engine))
+        return 0
+    texts = prompts_of(options)
     from infer.llm import LLM
 
     given = {k: v for k, v in vars(engine).items() if k not in ("model", "drafter")}

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernels.router import Rule
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -22,6 +21,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from core.errors import UnsupportedError
 from core.models.mimo_v2_config import SPARSE, WINDOW, MiMoV2Config
 from kernels.moe_mxfp4 import Activation
+from kernels.router import Rule
 
 SILU = "silu"
 ROPES = ("default", "linear", "llama3", "yarn")  # frequencies that do not depend on the length of the text

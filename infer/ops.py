@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
+from core.errors import ConfigError
 from kernels.accept import accept
 from kernels.linear import linear
+from kernels.moe_mxfp4 import experts, experts_dense
 from kernels.paged_attention import paged_attention
 from kernels.qkv_rope import qkv_rope, write_kv
 from kernels.rms_norm import rms_norm
 from kernels.router import route
-from torch import Tensor
-
-from core.errors import ConfigError
-from kernels.moe_mxfp4 import experts, experts_dense
 
 BACKENDS = ("auto", "triton", "reference")
 

@@ -81,6 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--no-adaptive", dest="adaptive", action="store_false", help="always verify full drafts")
     group.add_argument("--no-graphs", dest="graphs", action="store_false", help="no CUDA graphs")
     group.add_argument("--force-drafter", action="store_true", help="take a drafter of another target")
+    group.add_argument("--dry-run", action="store_true", help="print what it would take on a GPU, and load nothing")
 
 
 def options_of(found: argparse.Namespace) -> EngineOptions:

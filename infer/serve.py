@@ -32,6 +32,7 @@ from infer.command import ending
 from infer.lockstep import LeadEngine, follow
 from infer.options import add_options, options_of
 from infer.parallel import together
+from infer.plan import plan_text
 from infer.server.app import Server, Settings
 
 KEY_VARIABLE = "FP4FLASH_API_KEY"
@@ -71,6 +72,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     settings, engine_options = settings_of(options), options_of(options)
+    if options.dry_run:
+        print(plan_text(engine_options))
+        return 0
     tokenizer = tokenizer_of(Path(options.model))
     ranks = join(engine_options)
     with together(ranks):
