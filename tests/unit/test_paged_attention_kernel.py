@@ -81,6 +81,17 @@ def test_large_scores_and_sinks_neither_overflow_nor_vanish(backend: str) -> Non
     assert torch.allclose(out[0, 0], torch.full((16,), 30.0)) and not out[0, 1].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_output_is_rounded_to_nearest_even(backend: str) -> None:
+    """Queries of zeros: the output is the mean of two values, exact in FP32 and rounded once."""
+    q, k = torch.zeros(1, 1, 16, dtype=torch.bfloat16), torch.zeros(1, 16, 1, 16, dtype=torch.bfloat16)
+    v = torch.randn(1, 16, 1, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    table, length, start = (torch.tensor(x, dtype=torch.int32) for x in ([[0]], [2], [0, 1]))
+    batch = Batch(table, length, start, longest_query=1, longest_key=2)
+    out = paged_attention(q, k, v, batch, scale=1.0, backend=backend)
+    assert torch.equal(out[0, 0], ((v[0, 0, 0].float() + v[0, 1, 0].float()) / 2).to(torch.bfloat16))
+
+
 @interpreted
 @pytest.mark.parametrize("layer", cases.INVARIANT.values(), ids=cases.INVARIANT)
 def test_bits_of_a_query_are_its_own(layer: Layer) -> None:
