@@ -58,7 +58,8 @@ class Muon(torch.optim.Optimizer):
         for master in masters:
             if not self.state[master]:
                 self.state[master]["momentum"] = torch.zeros_like(master)
-        buffers, grads = [self.state[m]["momentum"] for m in masters], [m.grad for m in masters]
+        buffers = [self.state[m]["momentum"] for m in masters]
+        grads = [m.grad for m in masters if m.grad is not None]  # all: `step` leaves the others out
         torch._foreach_lerp_(buffers, grads, 1 - momentum)
         update = orthogonalise(torch.stack(torch._foreach_lerp(grads, buffers, momentum))).to(torch.float32)
         torch._foreach_mul_(masters, 1 - lr * weight_decay)
