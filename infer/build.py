@@ -27,7 +27,7 @@ from infer.parallel import Ranks, device_of, start
 from infer.round import Round
 from infer.scheduler import Scheduler
 from infer.shard import Shard
-from infer.weights import load_weights
+from infer.weights import Weights, load_weights
 
 CPU_KV_BYTES = 2**30
 STEP_TOKENS = {"cuda": 2048, "cpu": 512}
@@ -72,14 +72,20 @@ def build_engine(
     scheduler = Scheduler(
         book, rows=options.rows, tokens=tokens, drafts=drafts, ahead=ahead, reuse=options.prefix_cache
     )
-    # A dense expert layer waits for the device, and several ranks have not been recorded yet.
-    graphs = options.graphs and device.type == "cuda" and shard.world == 1 and not loaded.weights.has_dense_experts()
+    graphs = options.graphs and recordable(options, device, ranks, loaded.weights)
     runner = Round(model, cache, block, log=on_round is not None, graphs=graphs)
     seed = ranks.agree(secrets.randbits(63) if options.seed is None else options.seed)
     return ModelEngine(
         scheduler, runner, max_length=length, vocabulary=g.vocab_size, ends=end_tokens(options.model, loaded.config),
         adaptive=options.adaptive, seed=seed, on_round=on_round,
     )  # fmt: skip
+
+
+def recordable(options: EngineOptions, device: torch.device, ranks: Ranks, weights: Weights) -> bool:
+    """Whether a step waits for nothing: the definitions and dense experts do (FP32 experts take the definition).
+    Several ranks have not been recorded yet."""
+    fast = device.type == "cuda" and options.backend != "reference" and options.dtype == "bfloat16"
+    return fast and ranks.shard.world == 1 and not weights.has_dense_experts()
 
 
 def join(options: EngineOptions) -> Ranks:
