@@ -48,13 +48,15 @@ class Plan:
 @dataclass
 class Sums:
     """Over all positions, against the FP32 model: KL(FP32 || this), largest difference of a logit, argmax that agree,
-    and this one's own negative log-likelihood of the text."""
+    this one's own negative log-likelihood of the text, and how much that is above FP32's (sum, sum of squares)."""
 
     positions: int = 0
     kl: float = 0.0
     worst: float = 0.0
     agree: int = 0
     nll: float = 0.0
+    excess: float = 0.0
+    excess_squares: float = 0.0
     predicted: int = 0
 
     def add(self, logits: Tensor, reference: Tensor, labels: Tensor) -> None:
@@ -64,7 +66,10 @@ class Sums:
         self.kl += float((other.exp() * (other - own)).sum())
         self.worst = max(self.worst, float((logits.double() - reference.double()).abs().max()))
         self.agree += int((logits.argmax(-1) == reference.argmax(-1)).sum())
-        self.nll -= float(own[: len(labels)].gather(1, labels[:, None]).sum())
+        nll, exact = (-t[: len(labels)].gather(1, labels[:, None]) for t in (own, other))
+        self.nll += float(nll.sum())
+        self.excess += float((nll - exact).sum())
+        self.excess_squares += float((nll - exact).square().sum())
         self.predicted += len(labels)
 
     @property
@@ -74,6 +79,17 @@ class Sums:
     @property
     def top(self) -> float:
         return self.agree / self.positions
+
+    @property
+    def drift(self) -> float:
+        """Logarithm of the perplexity's ratio to FP32's."""
+        return self.excess / max(1, self.predicted)
+
+    @property
+    def drift_error(self) -> float:
+        """Standard error of `drift` over positions."""
+        count = max(2, self.predicted)
+        return math.sqrt(max(0.0, self.excess_squares / count - self.drift**2) / (count - 1))
 
     @property
     def perplexity(self) -> float:
@@ -237,7 +253,7 @@ def verdict(found: Figures) -> list[Row]:
     """Every figure, and whether it holds."""
     own, rounding, exact = found.own, found.rounding, found.exact
     kl_bar = max(EXACT_KL, KL_SLACK * rounding.mean_kl)
-    ratio = own.perplexity / exact.perplexity
+    drift_bar = max(PERPLEXITY_SLACK, KL_SLACK * abs(rounding.drift), 2 * own.drift_error)
     told = found.replies - found.same_replies - found.close_calls
     rows = [
         Row("logits", f"KL {own.mean_kl:.2e} (bar {kl_bar:.2e}: trainer's model in {found.dtype} "
@@ -245,8 +261,9 @@ def verdict(found: Figures) -> list[Row]:
             f"{own.positions:,} positions", own.mean_kl <= kl_bar),
         Row("top token", f"{own.top:.2%} agree with FP32 (trainer's model in {found.dtype}: {rounding.top:.2%})",
             own.top >= rounding.top - TOP_SLACK),
-        Row("perplexity", f"{own.perplexity:.4f}, FP32 {exact.perplexity:.4f}, ratio {ratio:.5f}",
-            abs(math.log(ratio)) <= PERPLEXITY_SLACK),
+        Row("perplexity", f"{own.perplexity:.4f}, FP32 {exact.perplexity:.4f}: {math.expm1(own.drift):+.2%} (bar "
+            f"{math.expm1(drift_bar):.2%}; trainer's model in {found.dtype} {math.expm1(rounding.drift):+.2%})",
+            abs(own.drift) <= drift_bar),
         Row("greedy", f"{found.same_replies} of {found.replies} replies are the FP32 model's; {found.close_calls} part "
             f"where its two best logits are closer than twice the error, {told} elsewhere", told == 0),
     ]  # fmt: skip

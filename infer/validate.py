@@ -10,7 +10,8 @@ runtime's own dtype. Checks:
 
     logits      mean KL to the FP32 model at most 1.5 times that of the trainer's model in the same dtype
     top token   the share of positions with the same argmax, at most half a point below that of the trainer's model
-    perplexity  within 1 % of the FP32 model's
+    perplexity  within 1 % of the FP32 model's, 1.5 times the trainer's own distance in that dtype, or two standard
+                errors of the difference over positions, whichever is most
     greedy      text of some prompts, the same as the FP32 model's wherever its two best logits are further apart than
                 twice the largest error measured; exceptions are counted
     drafter     tokens a round at least 70 % of what training reported (report.json beside the drafter's folder)
