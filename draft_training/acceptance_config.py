@@ -58,6 +58,7 @@ class SweepConfig:
 @dataclass
 class LatencyConfig:
     prompts: int = 0  # decoded one by one, timed; 0 = off
+    context: int = 256  # tokens before the round that is recorded as CUDA graphs, on a GPU; 0 = off
 
 
 @dataclass
@@ -89,7 +90,15 @@ class AcceptanceConfig:
 
 POSITIVE = ("prompts.max_tokens", "prompts.max_bytes", "sampling.max_new_tokens", "replay.row_tokens", "rows",
             "distribution.samples", "distribution.temperature", "distribution.rows", "bootstrap")  # fmt: skip
-NOT_NEGATIVE = ("prompts.limit", "replay.anchors", "latency.prompts", "distribution.prefixes", "controls", "seed")
+NOT_NEGATIVE = (
+    "prompts.limit",
+    "replay.anchors",
+    "latency.prompts",
+    "latency.context",
+    "distribution.prefixes",
+    "controls",
+    "seed",
+)
 DTYPES = ("bfloat16", "float32")
 
 

@@ -158,7 +158,9 @@ def as_json(done: Summary) -> dict[str, Any]:
         "window_sweep_change": {str(w): comparison_json(c) for w, c in done.sweep_change.items()},
         "comparisons": [comparison_json(c) for c in done.comparisons],
         "controls": {n: figures_json(f) for n, f in done.controls.items()},
-        "latency": {n: asdict(x) if x else None for n, x in done.latency.items()},
+        "latency": {
+            n: asdict(x) | {"graphed_tokens_s": x.graphed_tokens_s} if x else None for n, x in done.latency.items()
+        },
         "distribution": distribution_json(done.distribution),
     }
 

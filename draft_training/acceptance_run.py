@@ -217,7 +217,8 @@ def latencies(job: Job, opened: Opened) -> dict[str, Latency | None]:
     arms: dict[str, Opened | None] = {"plain": None, "drafter": opened}
     if job.config.drafter.other:
         arms["other drafter"] = job.open(job.config.drafter.other)
-    return {name: latency(job.model, one, prompts, sampling, job.eos) for name, one in arms.items()}
+    context = job.config.latency.context
+    return {name: latency(job.model, one, prompts, sampling, job.eos, context) for name, one in arms.items()}
 
 
 def sampled(job: Job, opened: Opened) -> Distribution | None:

@@ -180,7 +180,28 @@ def latency_text(found: dict[str, Latency | None]) -> str:
             f"  {name:16}draft {x.draft_ms:.2f} ms, verify {x.verify_ms:.2f} ms, rest {x.rest_ms:.2f} ms; "
             f"{x.tokens_s:,.1f} tokens/s{ratio} ({x.rounds:,} rounds)"
         )
-    return "\n".join(lines)
+    return "\n".join(lines + graphed_lines(found))
+
+
+def graphed_lines(found: dict[str, Latency | None]) -> list[str]:
+    """The same rounds recorded; tokens/s is the served tokens a round over the two times."""
+    timed = {name: x for name, x in found.items() if x is not None}
+    if not any(x.graphed for x in timed.values()):
+        reasons = sorted({x.not_graphed for x in timed.values()} - {"not asked for", ""})
+        return [f"  as CUDA graphs: not measured ({'; '.join(reasons)})"] if reasons else []
+    lines = ["a round at batch 1, drafting and verification as CUDA graphs:"]
+    plain = timed["plain"].graphed_tokens_s if "plain" in timed else None
+    for name, x in timed.items():
+        if x.graphed is None:
+            lines.append(f"  {name:16}not measured ({x.not_graphed})")
+            continue
+        rate = x.graphed.tokens_s(x.tokens_a_round)
+        ratio = f", {rate / plain:.2f}x plain decoding" if plain and name != "plain" else ""
+        lines.append(
+            f"  {name:16}draft {x.graphed.draft_ms:.3f} ms, verify {x.graphed.verify_ms:.3f} ms after "
+            f"{x.graphed.context} tokens; {rate:,.0f} tokens/s at {x.tokens_a_round:.2f} tokens a round{ratio}"
+        )
+    return lines
 
 
 def distribution_text(found: Distribution | None) -> str:

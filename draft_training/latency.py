@@ -1,7 +1,8 @@
 """Where a round's time goes at batch 1: drafting, verification, the rest; and tokens/s beside plain decoding.
 
-The plain-torch generator is the reference of correctness, not of speed: its figures say how two drafters compare on one
-target and machine, not what an engine reaches.
+The plain-torch generator is the reference of correctness, not of speed: launched kernel by kernel, its figures say how
+two drafters compare on one target and machine, not what an engine reaches. On a GPU both parts of a round are timed as
+CUDA graphs too (round_graph.py), which is what a serving loop replays.
 """
 
 import time
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 
+from core.errors import DataError, UnsupportedError
 from core.generate.decode import PlainGenerator
 from core.generate.interface import Draft, Prompt, Proposer
 from core.generate.sampling import Sampling
 from core.generate.target import Target
 from draft_training.drafters import Opened
+from draft_training.round_graph import Graphed, graphed
 
 
 class Clock:
@@ -66,7 +69,10 @@ class TimedProposer:
 
 @dataclass(frozen=True)
 class Latency:
-    """Means over all rounds of all prompts, in milliseconds; tokens_s without the prompts' reading."""
+    """Means over all rounds of all prompts, in milliseconds; tokens_s without the prompts' reading.
+
+    graphed: the same round recorded, on a GPU; not_graphed: why there is none.
+    """
 
     rounds: int
     draft_ms: float
@@ -75,14 +81,24 @@ class Latency:
     tokens_s: float
     prefill_ms: float  # of a prompt
     threads: int
+    tokens_a_round: float
+    graphed: Graphed | None = None
+    not_graphed: str = ""
+
+    @property
+    def graphed_tokens_s(self) -> float | None:
+        return self.graphed.tokens_s(self.tokens_a_round) if self.graphed else None
 
 
 def latency(
-    model: Any, opened: Opened | None, prompts: list[Prompt], sampling: Sampling, eos: Iterable[int]
+    model: Any, opened: Opened | None, prompts: list[Prompt], sampling: Sampling, eos: Iterable[int], context: int = 0
 ) -> Latency | None:
     """Decode the prompts one by one; without a drafter a round is a step of plain decoding. None without rounds.
 
     The first prompt is decoded once more before, unmeasured.
+
+    Args:
+        context: tokens before the recorded round; 0 records none.
     """
     device = model.get_input_embeddings().weight.device
     clock = Clock(device)
@@ -102,4 +118,14 @@ def latency(
     rest = total - draft - verify
     per = 1000 / rounds
     prefill = 1000 * clock.spent["prefill"] / len(prompts)
-    return Latency(rounds, draft * per, verify * per, rest * per, tokens / total, prefill, torch.get_num_threads())
+    times = draft * per, verify * per, rest * per
+    recorded, why = None, "" if context else "not asked for"
+    if context and device.type == "cuda":
+        try:
+            recorded = graphed(model, opened, prompts, context)
+        except (UnsupportedError, DataError) as error:
+            why = str(error)
+    elif context:
+        why = "needs a CUDA GPU"
+    threads = torch.get_num_threads()
+    return Latency(rounds, *times, tokens / total, prefill, threads, tokens / rounds, recorded, why)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from core.errors import UnsupportedError
+from core.generate.interface import Prompt
 from core.generate.target import Target
 from core.models.dflash import Drafter, init_drafter
 from core.models.dflash_config import FULL, SLIDING, DFlashConfig
@@ -23,8 +24,10 @@ from core.train.graph import GraphedWork
 from core.train.local import LocalEngine
 from draft_training.anchors import DraftBatch, draw_anchors
 from draft_training.config import LossConfig
+from draft_training.drafters import dflash, eagle
 from draft_training.eagle import trained_chains
 from draft_training.losses import best_of, chunk_loss, compiled, make_loss
+from draft_training.round_graph import fixed_round, graphed, record
 
 pytestmark = [
     pytest.mark.gpu,
@@ -193,3 +196,33 @@ def test_what_reads_the_gpu_on_the_way_is_refused() -> None:
     rows = torch.ones(1, 2, dtype=torch.int64, device="cuda")
     with pytest.raises(UnsupportedError, match=r"graph=true, and this step cannot be recorded.*set graph=false"):
         GraphedWork(work, [weight])(Batch(rows, rows, rows), 1.0)
+
+
+@pytest.mark.parametrize("kind", ["dflash", "dflash2", "eagle"])
+def test_a_recorded_round_is_the_launched_one(kind: str) -> None:
+    """Drafts and the target's choices out of the graphs that acceptance times; replays repeat them."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=4, initializer_range=0.3, **sizes))
+    model = model.to("cuda", torch.bfloat16).eval()
+    known = {"head_dim": 16, "vocab_size": 96, "num_target_layers": 4, "taps": (1, 3), **sizes}
+    if kind == "eagle":
+        small = EagleDrafter(EagleConfig(**known)).to("cuda", torch.bfloat16).eval()
+        init_eagle(small, std=0.3)
+        opened = eagle("e", small, model)
+    else:
+        chosen = {"selector_top_k": 8, "selector_rank": 16} if kind == "dflash2" else {}
+        config = DFlashConfig(**known, num_hidden_layers=2, mask_token_id=2, window=16, **chosen)
+        drafter = Drafter(config)
+        init_drafter(drafter, torch.randn(64), std=0.3)
+        opened = dflash("d", drafter.to("cuda", torch.bfloat16).eval(), model)
+    prompts = [Prompt("p", torch.randint(3, 96, (60,)).tolist())]
+    fixed = fixed_round(model, opened, prompts, 40)
+    draft, verify = fixed.draft(), fixed.verify()
+    (drafting, drafted), (verifying, chosen) = record(fixed.draft), record(fixed.verify)
+    for _ in range(3):
+        drafted.zero_(), chosen.zero_()
+        drafting.replay(), verifying.replay()
+        assert torch.equal(drafted, draft) and torch.equal(chosen, verify)
+    timed = graphed(model, opened, prompts, 40)
+    assert timed.context == 40 and timed.draft_ms > 0 < timed.verify_ms

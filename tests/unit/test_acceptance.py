@@ -1,5 +1,6 @@
 """Acceptance: estimators on rounds counted by hand, controls, replay against serving, distribution test, reports."""
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -14,6 +15,7 @@ from core.generate.decode import PlainGenerator
 from core.generate.interface import Prompt, Reply
 from core.generate.rounds import Round, read_rounds
 from core.generate.sampling import Sampling
+from core.generate.slots import SlotCache
 from core.generate.target import Target
 from core.models.dflash import Drafter, init_drafter
 from core.models.dflash_config import DFlashConfig
@@ -22,7 +24,7 @@ from core.models.fingerprint import fingerprint
 from core.train.tokenizer import train_tokenizer
 from draft_training.acceptance import COMMAND, main, overrides
 from draft_training.acceptance_report import Arm, Found, as_json, summarise
-from draft_training.acceptance_text import report_text
+from draft_training.acceptance_text import latency_text, report_text
 from draft_training.controls import OracleProposer, RandomProposer
 from draft_training.distribution import (
     GTest,
@@ -34,11 +36,13 @@ from draft_training.distribution import (
     holm,
     tally,
 )
-from draft_training.drafters import dflash, open_drafter, pairs_of
+from draft_training.drafters import dflash, eagle, open_drafter, pairs_of
 from draft_training.estimators import Bootstrap, difference, figures, is_cut, kept, pooled
 from draft_training.latency import Clock, TimedProposer, TimedTarget, latency
 from draft_training.measure import decode, log_of, plain_text, same_text, served, teacher_forced
 from draft_training.replay import Replayed, rounds_along
+from draft_training.round_graph import Graphed, fixed_round
+from tests.eagle_cases import eagle_of
 
 VOCABULARY = 100
 
@@ -281,6 +285,38 @@ def test_time_is_split_and_plain_decoding_drafts_nothing(model: LlamaForCausalLM
     plain = latency(model, None, prompts, sampling, ())
     assert plain.draft_ms == 0 and plain.rounds == 14
     assert latency(model, None, prompts, Sampling(max_new_tokens=1), ()) is None
+
+
+@pytest.mark.parametrize("kind", ["dflash", "eagle"])
+def test_the_round_that_is_recorded_is_a_round_of_serving(kind: str, model: LlamaForCausalLM) -> None:
+    """Same drafts and same choices of the target as served after the same context; again and again the same."""
+    opened = (
+        dflash("d", drafter_of(), model) if kind == "dflash" else eagle("e", eagle_of(vocab_size=VOCABULARY), model)
+    )
+    prompts = prompts_of((9, 14))
+    text = [i for p in prompts for i in p.ids]
+    fixed = fixed_round(model, opened, prompts, 12)
+    first = fixed.draft(), fixed.verify()
+    target = Target(model, opened.taps)
+    ids = torch.tensor([text[: 13 + opened.drafts]])
+    logits, _ = target.step(ids, torch.arange(ids.shape[1])[None], SlotCache(1, ids.shape[1]), ids.shape[1])
+    assert torch.equal(first[1], logits[:, 12:].argmax(-1))
+    reply = Reply("p", text[12 : 13 + opened.drafts], "length")
+    replayed = next(iter(opened.replayed(target, [(Prompt("p", text[:12]), reply)])))
+    assert replayed.tokens[0].tolist() == first[0][0].tolist()
+    assert torch.equal(fixed.draft(), first[0]) and torch.equal(fixed.verify(), first[1])
+    with pytest.raises(DataError, match=r"latency.context=40 needs"):
+        fixed_round(model, opened, prompts, 40)
+    assert fixed_round(model, None, prompts, 12).draft is None
+
+
+def test_rounds_recorded_are_told_beside_launched_ones_or_why_not(model: LlamaForCausalLM) -> None:
+    one = latency(model, None, prompts_of((3, 7)), Sampling(max_new_tokens=4), (), 4)
+    assert one.graphed is None and "not measured (needs a CUDA GPU)" in latency_text({"plain": one})
+    fast = dataclasses.replace(one, graphed=Graphed(4, 1.0, 3.0), tokens_a_round=2.0)
+    plain = dataclasses.replace(one, graphed=Graphed(4, 0.0, 2.0), tokens_a_round=1.0)
+    said = latency_text({"plain": plain, "drafter": fast})
+    assert fast.graphed_tokens_s == 500 and "500 tokens/s at 2.00 tokens a round, 1.00x plain" in said
 
 
 def test_reading_the_prompt_is_no_part_of_a_round(model: LlamaForCausalLM) -> None:
