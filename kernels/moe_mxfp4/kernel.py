@@ -291,19 +291,23 @@ def first_half(x: Tensor, weights: ExpertWeights, table: Table, slots: int, acti
     )  # fmt: skip
 
 
-def second_half(h: Tensor, weights: ExpertWeights, table: Table, chosen: Tensor, weight: Tensor, tile: Tile) -> Tensor:
-    """[T, H] from h [S, ...] in the weights' order."""
-    tokens, slots = chosen.shape
-    part = torch.empty(tokens * slots, weights.hidden, dtype=torch.float32, device=h.device)
+def second_half(h: Tensor, weights: ExpertWeights, table: Table, weight: Tensor, tile: Tile) -> Tensor:
+    """FP32 [S, H] from h [S, ...] in the weights' order; rows of pairs without an expert are not written."""
+    part = torch.empty(len(h), weights.hidden, dtype=torch.float32, device=h.device)
     down_kernel[(len(table.expert), triton.cdiv(weights.hidden, tile.rows))](
         h, weights.down.codes.view(torch.int32), weights.down.scales, weights.down_bias, weight, part,
         table.order, table.expert, table.first, table.count,
         HIDDEN=weights.hidden, WIDTH=weights.intermediate, H_ROW=h.shape[-1], **tile_options(tile),
     )  # fmt: skip
-    out = torch.empty(tokens, weights.hidden, dtype=h.dtype, device=h.device)
-    combine_kernel[(tokens, triton.cdiv(weights.hidden, COMBINED))](
-        part, chosen, out, SLOTS=slots, HIDDEN=weights.hidden, C=COMBINED, num_warps=4
-    )
+    return part
+
+
+def combine(part: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
+    """[T, H] from second_half's [S, H]."""
+    (tokens, slots), hidden = chosen.shape, part.shape[1]
+    out = torch.empty(tokens, hidden, dtype=dtype, device=part.device)
+    grid = (tokens, triton.cdiv(hidden, COMBINED))
+    combine_kernel[grid](part, chosen, out, SLOTS=slots, HIDDEN=hidden, C=COMBINED, num_warps=4)
     return out
 
 
@@ -338,7 +342,7 @@ def down(h: Tensor, weights: ExpertWeights, chosen: Tensor, weight: Tensor, tile
     tile = tile or tiles_for(chosen.numel(), weights)[1]
     with torch.cuda.device_of(h):
         placed, table = prepare(h.flatten(0, 1), chosen, weights.experts, tile.pairs)
-        return second_half(placed, weights, table, chosen, weight, tile)
+        return combine(second_half(placed, weights, table, weight, tile), chosen, h.dtype)
 
 
 def experts(x: Tensor, weights: ExpertWeights, chosen: Tensor, weight: Tensor, activation: Activation,
@@ -350,7 +354,7 @@ def experts(x: Tensor, weights: ExpertWeights, chosen: Tensor, weight: Tensor, a
         placed, table = prepare(x, chosen, weights.experts, first.pairs)
         h = torch.empty(chosen.numel(), padded(weights.intermediate), dtype=x.dtype, device=x.device)
         first_half(placed, weights, table, chosen.shape[1], activation, first, h, placed=True)
-        return second_half(h, weights, table, chosen, weight, second)
+        return combine(second_half(h, weights, table, weight, second), chosen, x.dtype)
 
 
 def compile_cases() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
