@@ -123,22 +123,23 @@ def spread(factor_RQ):
 
 
 @triton.jit
-def scale_bytes(scales_R1, step, K: tl.constexpr, STEP: tl.constexpr):
+def scale_bytes(scales, row_R1, step, K: tl.constexpr, STEP: tl.constexpr):
     """uint8 [R, Q] of a step, zeros behind K."""
     block_Q = tl.arange(0, STEP // 32)[None, :]
     if K % STEP == 0:
-        byte_RQ = tl.load(scales_R1 + step * (STEP // 32) + block_Q)
+        byte_RQ = tl.load(scales + step * (STEP // 32) + (row_R1 * (K // 32) + block_Q))
     else:
         here_Q = block_Q < K // 32 - step * (STEP // 32)
-        byte_RQ = tl.load(scales_R1 + step * (STEP // 32) + block_Q, mask=here_Q, other=0)
+        byte_RQ = tl.load(scales + step * (STEP // 32) + (row_R1 * (K // 32) + block_Q), mask=here_Q, other=0)
     return byte_RQ
 
 
 @triton.jit
-def multiply(x_P1, here_P1, words_R1, scales_R1, K: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+def multiply(x_P1, here_P1, codes, scales, row_R1, K: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
              WIDE: tl.constexpr):  # fmt: skip
-    """FP32 [R, P] = weights times x, and the largest scale byte of each lane; arguments point at starts of rows."""
-    R: tl.constexpr = words_R1.shape[0]
+    """FP32 [R, P] = weights times x, and the largest scale byte of each lane. One expert's weights, so rows
+    are told apart by 32 bits and a step moves one pointer, not one for every row."""
+    R: tl.constexpr = row_R1.shape[0]
     P: tl.constexpr = x_P1.shape[0]
     W: tl.constexpr = STEP // 8
     CARRIED: tl.constexpr = K % 128 != 0  # rows of scales start at odd places: no cp.async, so a step early by hand
@@ -147,17 +148,17 @@ def multiply(x_P1, here_P1, words_R1, scales_R1, K: tl.constexpr, STEP: tl.const
     acc_RP = tl.zeros((R, P), tl.float32)
     largest_RQ = tl.zeros((R, STEP // 32), tl.int32)
     if CARRIED:
-        next_RQ = scale_bytes(scales_R1, 0, K, STEP)
+        next_RQ = scale_bytes(scales, row_R1, 0, K, STEP)
     for step in tl.range(0, (K + STEP - 1) // STEP, num_stages=STAGES):
         if K % STEP == 0:
-            word_RW = tl.load(words_R1 + step * W + word_W)
+            word_RW = tl.load(codes + step * W + (row_R1 * (K // 8) + word_W))
         else:
-            word_RW = tl.load(words_R1 + step * W + word_W, mask=word_W < K // 8 - step * W, other=0)
+            word_RW = tl.load(codes + step * W + (row_R1 * (K // 8) + word_W), mask=word_W < K // 8 - step * W, other=0)
         if CARRIED:
             byte_RQ = next_RQ.to(tl.int32)
-            next_RQ = scale_bytes(scales_R1, step + 1, K, STEP)
+            next_RQ = scale_bytes(scales, row_R1, step + 1, K, STEP)
         else:
-            byte_RQ = scale_bytes(scales_R1, step, K, STEP).to(tl.int32)
+            byte_RQ = scale_bytes(scales, row_R1, step, K, STEP).to(tl.int32)
         largest_RQ = tl.maximum(largest_RQ, byte_RQ)
         if WIDE:
             large_RW = spread(tl.where(byte_RQ == 0, 0x40, byte_RQ << 7) * TWICE)  # 2^(byte - 127)
@@ -179,13 +180,12 @@ def multiply(x_P1, here_P1, words_R1, scales_R1, K: tl.constexpr, STEP: tl.const
 @triton.jit
 def product(x_P, here_P, codes, scales, row_R, K: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr):
     """multiply, again in the wide form where a scale byte does not fit the narrow one."""
-    x_P1, words_R1 = x_P[:, None], (codes + row_R * (K // 8))[:, None]
-    scales_R1 = (scales + row_R * (K // 32))[:, None]
+    x_P1 = x_P[:, None]
     # Most columns of a decode tile are idle, and x read for them would be half as many bytes as the codes, out of L2.
     here_P1 = here_P[:, None] if x_P.shape[0] <= 8 else tl.full((x_P.shape[0], 1), True, tl.int1)
-    acc_RP, largest_RQ = multiply(x_P1, here_P1, words_R1, scales_R1, K, STEP, STAGES, False)
+    acc_RP, largest_RQ = multiply(x_P1, here_P1, codes, scales, row_R[:, None], K, STEP, STAGES, False)
     if tl.max(largest_RQ) > FOLDED:
-        acc_RP, _ = multiply(x_P1, here_P1, words_R1, scales_R1, K, STEP, 1, True)
+        acc_RP, _ = multiply(x_P1, here_P1, codes, scales, row_R[:, None], K, STEP, 1, True)
     return acc_RP
 
 
@@ -209,11 +209,13 @@ def gate_up_kernel(x, codes, scales, bias, out, order, expert, first, count, alp
         return
     pair_P, here_P = pairs_of(order, start, number, P)
     row_R = tl.program_id(1) * (R // 2) + tl.arange(0, R) // 2
-    row_R = tl.minimum(row_R, WIDTH - 1) + (tl.arange(0, R) % 2) * WIDTH + e * (2 * WIDTH)
+    row_R = tl.minimum(row_R, WIDTH - 1) + (tl.arange(0, R) % 2) * WIDTH
+    codes += e * (2 * WIDTH) * (HIDDEN // 8)
+    scales += e * (2 * WIDTH) * (HIDDEN // 32)
 
     acc_RP = product(x + pair_P // SLOTS * X_ROW, here_P, codes, scales, row_R, HIDDEN, STEP, STAGES)
     if bias is not None:
-        acc_RP += tl.load(bias + row_R).to(tl.float32)[:, None]
+        acc_RP += tl.load(bias + e * (2 * WIDTH) + row_R).to(tl.float32)[:, None]
     gate_CP, up_CP = tl.split(tl.permute(tl.reshape(acc_RP, (R // 2, 2, P)), (0, 2, 1)))
     if CLAMPED:
         gate_CP = tl.minimum(gate_CP, limit)
@@ -239,11 +241,13 @@ def down_kernel(h, codes, scales, bias, weight, out, order, expert, first, count
         return
     pair_P, here_P = pairs_of(order, start, number, P)
     column_R = tl.program_id(1) * R + tl.arange(0, R)
-    row_R = tl.minimum(column_R, HIDDEN - 1) + e * HIDDEN
+    row_R = tl.minimum(column_R, HIDDEN - 1)
+    codes += e * HIDDEN * (WIDTH // 8)
+    scales += e * HIDDEN * (WIDTH // 32)
 
     acc_RP = product(h + pair_P * H_ROW, here_P, codes, scales, row_R, WIDTH, STEP, STAGES)
     if bias is not None:
-        acc_RP += tl.load(bias + row_R).to(tl.float32)[:, None]
+        acc_RP += tl.load(bias + e * HIDDEN + row_R).to(tl.float32)[:, None]
     acc_RP *= tl.load(weight + pair_P)[None, :]
     out_RP = out + pair_P[None, :] * HIDDEN + column_R[:, None]
     tl.store(out_RP, acc_RP, mask=here_P[None, :] & (column_R < HIDDEN)[:, None])
