@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -247,13 +248,14 @@ def test_backend_choice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @compiled
 def test_hopper_code_is_what_speed_and_invariance_rest_on() -> None:
-    """Without a GPU: asynchronous 16-byte copies, nothing flushed to zero, no wgmma, and one operand layout for all."""
+    """Without a GPU: asynchronous 16-byte copies, nothing flushed to zero, no wgmma, pairs of weights multiplied in one
+    register, and one operand layout for all tiles over the same K."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
     from kernels.moe_mxfp4.kernel import compile_cases
 
-    layouts = set()
+    layouts = defaultdict(set)
     for name, function, signature, constants, options in compile_cases():
         if not name.startswith("gate_up"):
             continue
@@ -266,5 +268,6 @@ def test_hopper_code_is_what_speed_and_invariance_rest_on() -> None:
         assert re.search(r"cp\.async\.cg\.shared\.global .*0x10", ptx), name
         assert "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32" in ptx, name
         assert code.metadata.shared <= 227 * 1024, name
-        layouts.add((*set(re.findall(r"kWidth = \d+", layout)), *set(re.findall(r"instrShape = \[[\d, ]+\]", layout))))
-    assert len(layouts) == 1 and len(layouts.pop()) == 2
+        assert "fma.rn.bf16x2" in ptx and not re.search(r"(mul|fma)\S*\.bf16\s", ptx), name
+        layouts[constants["HIDDEN"]].update(re.findall(r"kWidth = \d+|instrShape = \[[\d, ]+\]", layout))
+    assert len(layouts) == 2 and all(len(found) == 2 for found in layouts.values())
