@@ -1,0 +1,375 @@
+"""Tokens/s of the runtime on real prompts, beside transformers on the same folder.
+
+    python -m benchmarks.engine --model DIR [--drafter DIR] [--prompts FILE.jsonl(.gz)] [--rows 1 8 64] [--tokens 128]
+                                [--no-peer] [--device auto] [--json FILE]
+
+For each number of concurrent requests: the engine plain, with the drafter, and as peers transformers' batched
+`generate` (left padding) and its continuous batching, in one run. Everyone is greedy, goes on after end tokens, reads
+the same prompts and writes the same number of tokens; a pass over them all comes first, unmeasured. tokens/s is new
+tokens over the time of the whole pass, the reading of prompts included; loading, set-up and recording of CUDA graphs
+are not. No prompt is taken from a prefix cache. ms a step (a round, with the drafter) is the mean over the engine's
+steps in which no prompt is read. Packed exports are dequantised for the peers: transformers has no MXFP4 experts for
+them.
+
+The tokens are compared before speeds are shown. In BF16 a tie is broken by the order of sums, so replies may part from
+transformers'; the figures of its two peers among themselves say how often that happens anyway. Without --prompts: the
+files eval/*.jsonl.gz under FP4FLASH_DATA.
+"""
+
+import argparse
+import gc
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, GenerationConfig, Mxfp4Config
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+from transformers.generation.continuous_batching import ContinuousBatchingManager
+
+from benchmarks.common import publish
+from core.errors import ConfigError, Fp4FlashError
+from core.models.load import load_tokenizer
+from core.train.config import DataConfig, DataSource, Source
+from core.train.data.documents import jsonl_files, jsonl_records
+from draft_training.prompts import chat_ids
+from infer.build import build_engine
+from infer.engine import ModelEngine
+from infer.options import DTYPES, EngineOptions
+from infer.parallel import device_of
+from infer.request import FAILED, Request, SamplingParams
+
+NAME = "benchmarks.engine"
+PLAIN, DRAFTED, GENERATE, CONTINUOUS = "engine", "engine + drafter", "transformers generate", "transformers continuous"
+SPARE, DRAFT_SPARE = 16, 160  # positions a request writes beyond its end, at most
+CPU_CACHE_SHARE = 0.05  # of the memory, for continuous batching on a CPU
+# what a program we did not write may end with; reported as "not measured"
+TROUBLE = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, LookupError, OSError, AssertionError)
+Ids = list[int]
+Pass = Callable[[], list[Ids]]
+
+
+@dataclass(frozen=True)
+class Load:
+    """prompts: of one measurement. Every one is continued by `tokens` tokens, `rows` at a time."""
+
+    prompts: list[Ids]
+    rows: int
+    tokens: int
+
+    @property
+    def longest(self) -> int:
+        return max(map(len, self.prompts)) + self.tokens
+
+
+@dataclass(frozen=True)
+class Figure:
+    """seconds: of one pass. step_ms, tau: of the engine only."""
+
+    what: str
+    load: Load
+    replies: list[Ids]
+    seconds: float
+    step_ms: float | None = None
+    tau: float | None = None
+
+    @property
+    def speed(self) -> float:
+        return len(self.replies) * self.load.tokens / self.seconds
+
+
+def read_prompts(files: list[Path], tokenizer: Any, count: int, most: int) -> list[Ids]:
+    """`count` prompts of at most `most` tokens, all different, drawn from the files in an order that is always the
+    same.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+    records = [record for file in files for record in jsonl_records(file)]
+    random.Random(0).shuffle(records)
+    found: dict[tuple[int, ...], None] = {}
+    for record in records:
+        ids = record_ids(record, tokenizer, most)
+        if 0 < len(ids) <= most:
+            found[tuple(ids)] = None
+        if len(found) == count:
+            return [list(ids) for ids in found]
+    raise ConfigError(f"--prompts: {len(found)} of at most {most} tokens, and {count} are needed; give more, or longer")
+
+
+def record_ids(record: dict[str, Any], tokenizer: Any, most: int) -> Ids:
+    """A chat through the template, or its first question where there is none; the beginning of a plain text."""
+    if "messages" not in record:
+        return list(tokenizer(record.get("text", ""), verbose=False)["input_ids"])[:most]
+    if tokenizer.chat_template:
+        return chat_ids(record, tokenizer)
+    asked = next((m["content"] for m in record["messages"] if m["role"] == "user"), "")
+    return list(tokenizer(asked, verbose=False)["input_ids"]) if isinstance(asked, str) else []
+
+
+class EngineRun:
+    """Passes over one load by one engine."""
+
+    def __init__(self, options: argparse.Namespace, load: Load, drafter: Path | None) -> None:
+        spare = DRAFT_SPARE if drafter else SPARE
+        given = EngineOptions(
+            Path(options.model), drafter, device=options.device, dtype=options.dtype, rows=load.rows,
+            kv_tokens=load.rows * (load.longest + spare), prefix_cache=False, force_drafter=options.force_drafter,
+        )  # fmt: skip
+        self.load, self.engine, self.passes = load, build_engine(given), 0
+        self.steps: list[float] = []  # seconds of those that read no prompt
+
+    def __call__(self) -> list[Ids]:
+        engine, load = self.engine, self.load
+        self.passes += 1
+        self.steps = []
+        names = [f"{self.passes}-{n}" for n in range(len(load.prompts))]
+        replies: dict[str, Ids] = {name: [] for name in names}
+        params = SamplingParams(max_tokens=load.tokens, ignore_eos=True)
+        for name, ids in zip(names, load.prompts, strict=True):
+            engine.add(Request(name, ids, params))
+        while engine.busy:
+            self.step(engine, replies)
+        return [replies[name] for name in names]
+
+    def step(self, engine: ModelEngine, replies: dict[str, Ids]) -> None:
+        read, began = engine.stats().prompt_tokens, time.perf_counter()
+        outputs = engine.step()
+        took = time.perf_counter() - began
+        if engine.stats().prompt_tokens == read:
+            self.steps.append(took)
+        for output in outputs:
+            if output.finish == FAILED:
+                raise ConfigError(f"{output.id}: {output.error}")
+            replies[output.id].extend(output.ids)
+
+
+def timed(work: Pass, load: Load) -> tuple[list[Ids], float]:
+    """One pass to warm up, one by the clock.
+
+    Raises:
+        RuntimeError: a reply has not as many tokens as were asked for.
+    """
+    work()
+    began = time.perf_counter()
+    replies = work()
+    seconds = time.perf_counter() - began
+    short = next((len(ids) for ids in replies if len(ids) != load.tokens), None)
+    if short is not None:
+        raise RuntimeError(f"a reply has {short} tokens instead of {load.tokens}")
+    return replies, seconds
+
+
+def measure_engine(options: argparse.Namespace, load: Load, drafter: Path | None) -> Figure:
+    run = EngineRun(options, load, drafter)
+    run()
+    before = run.engine.stats()
+    began = time.perf_counter()
+    replies = run()
+    seconds = time.perf_counter() - began
+    after = run.engine.stats()
+    if any(len(ids) != load.tokens for ids in replies):
+        raise RuntimeError(f"{NAME}: the engine wrote replies that have not {load.tokens} tokens")
+    rounds = after.rounds - before.rounds
+    tau = 1 + (after.accepted - before.accepted) / rounds if rounds else None
+    step_ms = statistics.mean(run.steps) * 1e3 if run.steps else None
+    return Figure(DRAFTED if drafter else PLAIN, load, replies, seconds, step_ms, tau)
+
+
+def free() -> None:
+    """Give the memory of what was deleted back to the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def load_peer(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """transformers' model with its own attention and experts, packed weights as `dtype`."""
+    kind = (getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) or {}).get("quant_method")
+    readers = {"compressed-tensors": CompressedTensorsConfig, "mxfp4": Mxfp4Config}
+    more = {"quantization_config": readers[kind](dequantize=True)} if kind in readers else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **more)
+    model.generation_config = GenerationConfig(pad_token_id=0)  # none of the folder's end tokens and temperatures
+    return model.to(device).eval()
+
+
+def generate(model: Any, load: Load) -> list[Ids]:
+    replies = []
+    for at in range(0, len(load.prompts), load.rows):
+        batch = load.prompts[at : at + load.rows]
+        width = max(map(len, batch))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in batch], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
+        made = model.generate(ids, attention_mask=mask, max_new_tokens=load.tokens, do_sample=False)
+        replies += made[:, width:].tolist()
+    return replies
+
+
+def continuous(manager: ContinuousBatchingManager, load: Load) -> list[Ids]:
+    names = manager.add_requests(load.prompts, max_new_tokens=load.tokens)
+    replies: dict[str, Ids] = {}
+    while len(replies) < len(names):
+        result = manager.get_result(timeout=1)
+        if result is None:
+            if not manager.is_running():
+                raise RuntimeError(f"its thread ended: {manager.background_thread_status.fatal_error}")
+        elif result.error is not None:
+            raise RuntimeError(result.error)
+        elif result.is_finished():
+            replies[result.request_id] = result.generated_tokens
+    return [replies[name] for name in names]
+
+
+def measure_generate(model: Any, load: Load) -> Figure:
+    return Figure(GENERATE, load, *timed(lambda: generate(model, load), load))
+
+
+def measure_continuous(model: Any, load: Load) -> Figure:
+    """transformers chooses the attention (flash where it has it, else SDPA or paged eager), graphs and cache size."""
+    share = None if model.device.type == "cuda" else CPU_CACHE_SHARE
+    chosen = ContinuousBatchingConfig(
+        max_requests_per_batch=load.rows, allow_block_sharing=False, max_memory_percent=share
+    )
+    greedy = GenerationConfig(max_new_tokens=load.tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with model.continuous_batching_context_manager(greedy, continuous_batching_config=chosen, timeout=5) as manager:
+        return Figure(CONTINUOUS, load, *timed(lambda: continuous(manager, load), load))
+
+
+def measure_peers(options: argparse.Namespace, loads: list[Load]) -> tuple[list[Figure], dict[str, str]]:
+    """Figures, and why others are missing. Continuous batching comes last: it may leave a GPU that is of no use."""
+    found: list[Figure] = []
+    missing: dict[str, str] = {}
+    try:
+        model = load_peer(Path(options.model), DTYPES[options.dtype], device_of(options.device))
+    except TROUBLE as error:
+        return [], dict.fromkeys((GENERATE, CONTINUOUS), f"transformers does not load the folder: {reason(error)}")
+    for what, measure in ((GENERATE, measure_generate), (CONTINUOUS, measure_continuous)):
+        for load in loads:
+            try:
+                found.append(progress(measure(model, load)))
+            except TROUBLE as error:
+                missing[what] = f"{load.rows} at once: {reason(error)}"
+                break
+    return found, missing
+
+
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def progress(figure: Figure) -> Figure:
+    print(f"measured: {figure.what}, {figure.load.rows} at once", file=sys.stderr, flush=True)
+    free()
+    return figure
+
+
+def parted(one: list[Ids], other: list[Ids]) -> list[int]:
+    """Where the replies that are not equal part, the first differing position of each."""
+    return [
+        next(n for n, (a, b) in enumerate(zip(x, y, strict=True)) if a != b)
+        for x, y in zip(one, other, strict=True)
+        if x != y
+    ]
+
+
+def agreement(figures: list[Figure]) -> Iterator[dict[str, Any]]:
+    """Every arm against transformers' generate, and the drafter's against the engine without."""
+    at = {(f.what, f.load.rows): f for f in figures}
+    for what, against in ((PLAIN, GENERATE), (DRAFTED, PLAIN), (CONTINUOUS, GENERATE)):
+        for (name, rows), figure in at.items():
+            other = at.get((against, rows))
+            if name == what and other is not None:
+                places = parted(figure.replies, other.replies)
+                total = len(figure.replies)
+                yield {"what": what, "against": against, "rows": rows, "equal": total - len(places), "of": total,
+                       "parted_at": places}  # fmt: skip
+
+
+def table(figures: list[Figure]) -> list[dict[str, Any]]:
+    """One row a figure; ratios to the peers at as many requests."""
+    speed = {(f.what, f.load.rows): f.speed for f in figures}
+    rows = []
+    for f in sorted(figures, key=lambda f: f.load.rows):
+        row = {"rows": f.load.rows, "what": f.what, "requests": len(f.replies), "tokens_per_s": f.speed,
+               "step_ms": f.step_ms, "tau": f.tau}  # fmt: skip
+        for name, peer in (("of_generate", GENERATE), ("of_continuous", CONTINUOUS)):
+            other = speed.get((peer, f.load.rows))
+            row[name] = f.speed / other if other else None
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]], compared: list[dict[str, Any]], missing: dict[str, str]) -> None:
+    for c in compared:
+        text = f"{c['what']} = {c['against']}, {c['rows']} at once: {c['equal']} of {c['of']} replies equal"
+        print(text + (f", the others part at token {sorted(c['parted_at'])}" if c["parted_at"] else ""))
+    for what, why in missing.items():
+        name = "continuous batching" if what == CONTINUOUS else "generate"
+        print(f"transformers' {name}: not measured ({why})")
+    print(f"{'rows':>4}  {'':23} {'tokens/s':>10} {'ms a step':>9} {'tau':>5} {'x generate':>10} {'x continuous':>12}")
+    for r in rows:
+        cells = [f"{'' if r[k] is None else format(r[k], '.2f'):>{w}}"
+                 for k, w in (("step_ms", 9), ("tau", 5), ("of_generate", 10), ("of_continuous", 12))]  # fmt: skip
+        print(f"{r['rows']:4}  {r['what']:23} {r['tokens_per_s']:10,.1f}", *cells)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint folder with its tokenizer")
+    parser.add_argument("--drafter", metavar="DIR", help="DFlash drafter folder for that model")
+    parser.add_argument("--force-drafter", action="store_true", help="take a drafter of another target")
+    parser.add_argument("--prompts", metavar="FILE", help="JSON lines with `messages` or `text`, plain or .gz")
+    parser.add_argument("--prompt-tokens", type=int, default=1024, help="longer prompts are left out")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64], help="requests at once")
+    parser.add_argument("--requests", type=int, default=8, help="of a measurement, at least; and one for each row")
+    parser.add_argument("--tokens", type=int, default=128, help="of every reply")
+    parser.add_argument("--no-peer", dest="peer", action="store_false", help="leave transformers out")
+    parser.add_argument("--device", default="auto", help="auto | cuda | cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--json", help="also write the result to this file")
+    options = parser.parse_args()
+    if min(*options.rows, options.tokens, options.requests, options.prompt_tokens) < 1:
+        parser.error("--rows, --tokens, --requests and --prompt-tokens: expected at least 1")
+    return options
+
+
+def run(options: argparse.Namespace) -> None:
+    tokenizer = load_tokenizer(Path(options.model))
+    if tokenizer is None:
+        raise ConfigError(f"--model {options.model} has no tokenizer.json; copy the base model's")
+    eval_files = DataConfig(source=DataSource.jsonl)
+    files = [Path(options.prompts)] if options.prompts else jsonl_files(eval_files, Source("eval/*.jsonl.gz"))
+    counts = [max(rows, options.requests) for rows in options.rows]
+    prompts = read_prompts(files, tokenizer, max(counts), options.prompt_tokens)
+    loads = [Load(prompts[:n], rows, options.tokens) for n, rows in zip(counts, options.rows, strict=True)]
+    drafters = [None, Path(options.drafter)] if options.drafter else [None]
+    figures = [progress(measure_engine(options, load, drafter)) for drafter in drafters for load in loads]
+    missing = dict.fromkeys((GENERATE, CONTINUOUS), "--no-peer")
+    if options.peer:
+        found, missing = measure_peers(options, loads)
+        figures += found
+    compared, rows = list(agreement(figures)), table(figures)
+    show(rows, compared, missing)
+    about = {key: getattr(options, key) for key in ("model", "drafter", "tokens", "dtype")}
+    lengths = {"prompt_tokens": [len(p) for p in prompts], "device_used": str(device_of(options.device))}
+    result = {"agreement": compared, "not_measured": missing, "table": rows}
+    publish("engine", about | lengths | result, options.json)
+
+
+def main() -> int:
+    options = arguments()
+    try:
+        run(options)
+    except Fp4FlashError as error:
+        print(f"{NAME}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
