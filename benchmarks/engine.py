@@ -17,70 +17,29 @@ files eval/*.jsonl.gz under FP4FLASH_DATA.
 """
 
 import argparse
-import gc
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, CompressedTensorsConfig, GenerationConfig, Mxfp4Config
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching import ContinuousBatchingManager
-
 from benchmarks.common import publish
+from benchmarks.engine_peers import CONTINUOUS, GENERATE, Figure, Ids, Load, measure_peers, progress, timed
 from core.errors import ConfigError, Fp4FlashError
 from core.models.load import load_tokenizer
 from core.train.config import DataConfig, DataSource, Source
 from core.train.data.documents import jsonl_files, jsonl_records
 from draft_training.prompts import chat_ids
 from infer.build import build_engine
-from infer.engine import ModelEngine
 from infer.options import DTYPES, EngineOptions
 from infer.parallel import device_of
 from infer.request import FAILED, Request, SamplingParams
 
 NAME = "benchmarks.engine"
-PLAIN, DRAFTED, GENERATE, CONTINUOUS = "engine", "engine + drafter", "transformers generate", "transformers continuous"
+PLAIN, DRAFTED = "engine", "engine + drafter"
 SPARE, DRAFT_SPARE = 16, 160  # positions a request writes beyond its end, at most
-CPU_CACHE_SHARE = 0.05  # of the memory, for continuous batching on a CPU
-# what a program we did not write may end with; reported as "not measured"
-TROUBLE = (RuntimeError, ValueError, TypeError, AttributeError, ImportError, LookupError, OSError, AssertionError)
-Ids = list[int]
-Pass = Callable[[], list[Ids]]
-
-
-@dataclass(frozen=True)
-class Load:
-    """prompts: of one measurement. Every one is continued by `tokens` tokens, `rows` at a time."""
-
-    prompts: list[Ids]
-    rows: int
-    tokens: int
-
-    @property
-    def longest(self) -> int:
-        return max(map(len, self.prompts)) + self.tokens
-
-
-@dataclass(frozen=True)
-class Figure:
-    """seconds: of one pass. step_ms, tau: of the engine only."""
-
-    what: str
-    load: Load
-    replies: list[Ids]
-    seconds: float
-    step_ms: float | None = None
-    tau: float | None = None
-
-    @property
-    def speed(self) -> float:
-        return len(self.replies) * self.load.tokens / self.seconds
 
 
 def read_prompts(files: list[Path], tokenizer: Any, count: int, most: int) -> list[Ids]:
@@ -113,7 +72,7 @@ def record_ids(record: dict[str, Any], tokenizer: Any, most: int) -> Ids:
 
 
 class EngineRun:
-    """Passes over one load by one engine."""
+    """Passes over one load by one engine; `before` and `steps` are of the last pass."""
 
     def __init__(self, options: argparse.Namespace, load: Load, drafter: Path | None) -> None:
         spare = DRAFT_SPARE if drafter else SPARE
@@ -122,150 +81,45 @@ class EngineRun:
             kv_tokens=load.rows * (load.longest + spare), prefix_cache=False, force_drafter=options.force_drafter,
         )  # fmt: skip
         self.load, self.engine, self.passes = load, build_engine(given), 0
+        self.before = self.engine.stats()
         self.steps: list[float] = []  # seconds of those that read no prompt
 
     def __call__(self) -> list[Ids]:
         engine, load = self.engine, self.load
         self.passes += 1
-        self.steps = []
+        self.before, self.steps = engine.stats(), []
         names = [f"{self.passes}-{n}" for n in range(len(load.prompts))]
         replies: dict[str, Ids] = {name: [] for name in names}
         params = SamplingParams(max_tokens=load.tokens, ignore_eos=True)
         for name, ids in zip(names, load.prompts, strict=True):
             engine.add(Request(name, ids, params))
         while engine.busy:
-            self.step(engine, replies)
+            self.step(replies)
         return [replies[name] for name in names]
 
-    def step(self, engine: ModelEngine, replies: dict[str, Ids]) -> None:
-        read, began = engine.stats().prompt_tokens, time.perf_counter()
-        outputs = engine.step()
+    def step(self, replies: dict[str, Ids]) -> None:
+        read, began = self.engine.stats().prompt_tokens, time.perf_counter()
+        outputs = self.engine.step()
         took = time.perf_counter() - began
-        if engine.stats().prompt_tokens == read:
+        if self.engine.stats().prompt_tokens == read:
             self.steps.append(took)
         for output in outputs:
             if output.finish == FAILED:
                 raise ConfigError(f"{output.id}: {output.error}")
             replies[output.id].extend(output.ids)
 
-
-def timed(work: Pass, load: Load) -> tuple[list[Ids], float]:
-    """One pass to warm up, one by the clock.
-
-    Raises:
-        RuntimeError: a reply has not as many tokens as were asked for.
-    """
-    work()
-    began = time.perf_counter()
-    replies = work()
-    seconds = time.perf_counter() - began
-    short = next((len(ids) for ids in replies if len(ids) != load.tokens), None)
-    if short is not None:
-        raise RuntimeError(f"a reply has {short} tokens instead of {load.tokens}")
-    return replies, seconds
+    def tau(self) -> float | None:
+        """Tokens a round; None without a drafter."""
+        before, after = self.before, self.engine.stats()
+        rounds = after.rounds - before.rounds
+        return 1 + (after.accepted - before.accepted) / rounds if rounds else None
 
 
 def measure_engine(options: argparse.Namespace, load: Load, drafter: Path | None) -> Figure:
     run = EngineRun(options, load, drafter)
-    run()
-    before = run.engine.stats()
-    began = time.perf_counter()
-    replies = run()
-    seconds = time.perf_counter() - began
-    after = run.engine.stats()
-    if any(len(ids) != load.tokens for ids in replies):
-        raise RuntimeError(f"{NAME}: the engine wrote replies that have not {load.tokens} tokens")
-    rounds = after.rounds - before.rounds
-    tau = 1 + (after.accepted - before.accepted) / rounds if rounds else None
+    replies, seconds = timed(run, load)
     step_ms = statistics.mean(run.steps) * 1e3 if run.steps else None
-    return Figure(DRAFTED if drafter else PLAIN, load, replies, seconds, step_ms, tau)
-
-
-def free() -> None:
-    """Give the memory of what was deleted back to the GPU."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def load_peer(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
-    """transformers' model with its own attention and experts, packed weights as `dtype`."""
-    kind = (getattr(AutoConfig.from_pretrained(folder), "quantization_config", None) or {}).get("quant_method")
-    readers = {"compressed-tensors": CompressedTensorsConfig, "mxfp4": Mxfp4Config}
-    more = {"quantization_config": readers[kind](dequantize=True)} if kind in readers else {}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, **more)
-    model.generation_config = GenerationConfig(pad_token_id=0)  # none of the folder's end tokens and temperatures
-    return model.to(device).eval()
-
-
-def generate(model: Any, load: Load) -> list[Ids]:
-    replies = []
-    for at in range(0, len(load.prompts), load.rows):
-        batch = load.prompts[at : at + load.rows]
-        width = max(map(len, batch))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in batch], device=model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
-        made = model.generate(ids, attention_mask=mask, max_new_tokens=load.tokens, do_sample=False)
-        replies += made[:, width:].tolist()
-    return replies
-
-
-def continuous(manager: ContinuousBatchingManager, load: Load) -> list[Ids]:
-    names = manager.add_requests(load.prompts, max_new_tokens=load.tokens)
-    replies: dict[str, Ids] = {}
-    while len(replies) < len(names):
-        result = manager.get_result(timeout=1)
-        if result is None:
-            if not manager.is_running():
-                raise RuntimeError(f"its thread ended: {manager.background_thread_status.fatal_error}")
-        elif result.error is not None:
-            raise RuntimeError(result.error)
-        elif result.is_finished():
-            replies[result.request_id] = result.generated_tokens
-    return [replies[name] for name in names]
-
-
-def measure_generate(model: Any, load: Load) -> Figure:
-    return Figure(GENERATE, load, *timed(lambda: generate(model, load), load))
-
-
-def measure_continuous(model: Any, load: Load) -> Figure:
-    """transformers chooses the attention (flash where it has it, else SDPA or paged eager), graphs and cache size."""
-    share = None if model.device.type == "cuda" else CPU_CACHE_SHARE
-    chosen = ContinuousBatchingConfig(
-        max_requests_per_batch=load.rows, allow_block_sharing=False, max_memory_percent=share
-    )
-    greedy = GenerationConfig(max_new_tokens=load.tokens, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    with model.continuous_batching_context_manager(greedy, continuous_batching_config=chosen, timeout=5) as manager:
-        return Figure(CONTINUOUS, load, *timed(lambda: continuous(manager, load), load))
-
-
-def measure_peers(options: argparse.Namespace, loads: list[Load]) -> tuple[list[Figure], dict[str, str]]:
-    """Figures, and why others are missing. Continuous batching comes last: it may leave a GPU that is of no use."""
-    found: list[Figure] = []
-    missing: dict[str, str] = {}
-    try:
-        model = load_peer(Path(options.model), DTYPES[options.dtype], device_of(options.device))
-    except TROUBLE as error:
-        return [], dict.fromkeys((GENERATE, CONTINUOUS), f"transformers does not load the folder: {reason(error)}")
-    for what, measure in ((GENERATE, measure_generate), (CONTINUOUS, measure_continuous)):
-        for load in loads:
-            try:
-                found.append(progress(measure(model, load)))
-            except TROUBLE as error:
-                missing[what] = f"{load.rows} at once: {reason(error)}"
-                break
-    return found, missing
-
-
-def reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-def progress(figure: Figure) -> Figure:
-    print(f"measured: {figure.what}, {figure.load.rows} at once", file=sys.stderr, flush=True)
-    free()
-    return figure
+    return Figure(DRAFTED if drafter else PLAIN, load, replies, seconds, step_ms, run.tau())
 
 
 def parted(one: list[Ids], other: list[Ids]) -> list[int]:
@@ -356,7 +210,7 @@ def run(options: argparse.Namespace) -> None:
     compared, rows = list(agreement(figures)), table(figures)
     show(rows, compared, missing)
     about = {key: getattr(options, key) for key in ("model", "drafter", "tokens", "dtype")}
-    lengths = {"prompt_tokens": [len(p) for p in prompts], "device_used": str(device_of(options.device))}
+    lengths = {"prompt_tokens": [len(p) for p in prompts], "ran_on": str(device_of(options.device))}
     result = {"agreement": compared, "not_measured": missing, "table": rows}
     publish("engine", about | lengths | result, options.json)
 
