@@ -17,6 +17,7 @@ files eval/*.jsonl.gz under FP4FLASH_DATA.
 """
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -30,7 +31,8 @@ from benchmarks.engine_peers import CONTINUOUS, GENERATE, Figure, Ids, Load, mea
 from core.errors import ConfigError, Fp4FlashError
 from core.models.load import load_tokenizer
 from core.train.config import DataConfig, DataSource, Source
-from core.train.data.documents import jsonl_files, jsonl_records
+from core.train.data.chat import plain
+from core.train.data.documents import ENVIRONMENT, jsonl_files, jsonl_records
 from draft_training.prompts import chat_ids
 from infer.build import build_engine
 from infer.options import DTYPES, EngineOptions
@@ -53,22 +55,30 @@ def read_prompts(files: list[Path], tokenizer: Any, count: int, most: int) -> li
     random.Random(0).shuffle(records)
     found: dict[tuple[int, ...], None] = {}
     for record in records:
-        ids = record_ids(record, tokenizer, most)
-        if 0 < len(ids) <= most:
-            found[tuple(ids)] = None
-        if len(found) == count:
-            return [list(ids) for ids in found]
+        for ids in prompts_of(record, tokenizer, most):
+            if 0 < len(ids) <= most:
+                found[tuple(ids)] = None
+            if len(found) == count:
+                return [list(ids) for ids in found]
     raise ConfigError(f"--prompts: {len(found)} of at most {most} tokens, and {count} are needed; give more, or longer")
 
 
-def record_ids(record: dict[str, Any], tokenizer: Any, most: int) -> Ids:
-    """A chat through the template, or its first question where there is none; the beginning of a plain text."""
-    if "messages" not in record:
-        return list(tokenizer(record.get("text", ""), verbose=False)["input_ids"])[:most]
-    if tokenizer.chat_template:
-        return chat_ids(record, tokenizer)
-    asked = next((m["content"] for m in record["messages"] if m["role"] == "user"), "")
-    return list(tokenizer(asked, verbose=False)["input_ids"]) if isinstance(asked, str) else []
+def prompts_of(record: dict[str, Any], tokenizer: Any, most: int) -> list[Ids]:
+    """A chat through the template, or its first question where there is none; every fourth piece of a plain text."""
+    if "messages" in record and tokenizer.chat_template:
+        return [chat_ids(record, tokenizer)]
+    if "messages" in record:
+        asked = next((plain(m.get("content")) for m in record["messages"] if m["role"] == "user"), "")
+        return [list(tokenizer(asked, verbose=False)["input_ids"])]
+    ids = list(tokenizer(record.get("text", ""), verbose=False)["input_ids"])
+    return [ids[at : at + most] for at in range(0, len(ids), 4 * most)]
+
+
+def files_of(given: str | None) -> list[Path]:
+    if given is None and ENVIRONMENT not in os.environ:
+        raise ConfigError(f"no --prompts, and {ENVIRONMENT} names no data bundle; give one of the two")
+    everything = DataConfig(source=DataSource.jsonl)
+    return [Path(given)] if given else jsonl_files(everything, Source("eval/*.jsonl.gz"))
 
 
 class EngineRun:
@@ -193,13 +203,13 @@ def arguments() -> argparse.Namespace:
 
 
 def run(options: argparse.Namespace) -> None:
+    if not Path(options.model).is_dir():
+        raise ConfigError(f"--model {options.model}: no such folder")
     tokenizer = load_tokenizer(Path(options.model))
     if tokenizer is None:
         raise ConfigError(f"--model {options.model} has no tokenizer.json; copy the base model's")
-    eval_files = DataConfig(source=DataSource.jsonl)
-    files = [Path(options.prompts)] if options.prompts else jsonl_files(eval_files, Source("eval/*.jsonl.gz"))
     counts = [max(rows, options.requests) for rows in options.rows]
-    prompts = read_prompts(files, tokenizer, max(counts), options.prompt_tokens)
+    prompts = read_prompts(files_of(options.prompts), tokenizer, max(counts), options.prompt_tokens)
     loads = [Load(prompts[:n], rows, options.tokens) for n, rows in zip(counts, options.rows, strict=True)]
     drafters = [None, Path(options.drafter)] if options.drafter else [None]
     figures = [progress(measure_engine(options, load, drafter)) for drafter in drafters for load in loads]
