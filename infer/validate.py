@@ -29,7 +29,7 @@ from pathlib import Path
 
 from core.checkpoint.writer import write_text
 from core.errors import ConfigError
-from infer.command import ending
+from infer.command import check_writable, ending
 from infer.options import EngineOptions, add_options, options_of
 
 NAME = "infer.validate"
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
     for name in ("documents", "length", "replies", "reply_tokens"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
+    check_writable("--out", options.out)
     options.drafter = model_of(Path(options.drafter), "drafter") if options.drafter else None
     engine, against = options_of(options), model_of(Path(options.against), "against")
     from core.config import check_name_clash

@@ -86,6 +86,18 @@ def test_a_beginning_is_found_again_and_another_is_not() -> None:
     assert given.open(ids[:8], reuse=True)[1] == 4, "one token must be left to compute"
 
 
+def test_digests_are_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that waits is looked up at every step, and hashed once."""
+    given, known = book(None), list[bytes]()
+    given.close(filled(given, list(range(20))))
+    assert given.open(list(range(9)), True, known)[1] == 8
+    monkeypatch.setattr("infer.pages.link", lambda before, ids: pytest.fail("hashed again"))
+    assert given.open(list(range(9)), True, known)[1] == 8
+    monkeypatch.undo()
+    assert given.open(list(range(17)), True, known)[1] == 16 and len(known) == 4
+    assert given.open(list(range(9)), True, known)[1] == 8, "only the pages of these tokens"
+
+
 def test_a_window_needs_only_its_last_positions() -> None:
     """After 20 tokens the window group has let go of the first pages; a longer prompt still starts there."""
     given = book(None, 5)

@@ -84,6 +84,20 @@ def test_a_seed_repeats_and_a_chat_has_usage(served: Served) -> None:
     assert usage.completion_tokens == 12 and usage.prompt_tokens > 3
 
 
+def test_a_lost_device_is_reported(served: Served) -> None:
+    """Between failing steps the engine reports what was cancelled: such a step is no sign of life."""
+
+    def lost(work: Any) -> Any:
+        raise RuntimeError("device lost")
+
+    served.engine.runner.run = lost
+    for _ in range(3):
+        assert served.ask("/health")[0] == 200
+        assert served.ask("/v1/completions", {"prompt": "import os"})[0] == 500
+    eventually(lambda: served.ask("/health")[0] == 503)
+    assert served.ask("/v1/completions", {"prompt": "import os"})[0] == 503
+
+
 def test_what_does_not_fit_is_a_400_and_clients_that_leave_cost_nothing(served: Served) -> None:
     status, body, _ = served.ask("/v1/completions", {"model": "tiny", "prompt": "x " * 3000, "max_tokens": 1})
     assert status == 400 and "context" in body["error"]["message"]

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +16,10 @@ from typing import Any
 import openai
 import pytest
 
+from core.errors import ConfigError
 from infer.serve import arguments as serve_arguments
-from infer.serve import main, settings_of
+from infer.serve import main, serve, settings_of
+from infer.server.app import Server, Settings
 from tests.fake_engine import FakeEngine, make_tokenizer
 from tests.serving import Served, eventually, serving
 
@@ -55,7 +58,8 @@ def refused(served: Served, path: str, body: Any, status: int, param: str | None
 
 BOTH = [
     ({"temperature": -1}, "temperature"), ({"temperature": "1"}, "temperature"), ({"temperature": True}, "temperature"),
-    ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"top_k": -2}, "top_k"), ({"n": 0}, "n"), ({"n": 9}, "n"),
+    ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"top_k": -2}, "top_k"),
+    ({"top_k": 2**31}, "top_k"), ({"n": 0}, "n"), ({"n": 9}, "n"),
     ({"n": 1000}, "n"), ({"n": 1.0}, "n"), ({"seed": -1}, "seed"), ({"seed": 2**63}, "seed"), ({"stop": 5}, "stop"),
     ({"stop": [""]}, "stop"), ({"stop": ["a", 1]}, "stop"), ({"stop": ["a"] * 65}, "stop"), ({"stop": {}}, "stop"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": -5}, "max_tokens"), ({"max_tokens": 10**9}, "max_tokens"),
@@ -377,6 +381,15 @@ def test_a_second_signal_does_not_wait(folder: Path, tokenizer: Any) -> None:
     assert "without an API key" in err
 
 
+def test_an_address_that_cannot_be_had(tokenizer: Any) -> None:
+    options = serve_arguments(["--model", "m", "--host", "127.0.0.1"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        options.port = taken.getsockname()[1]
+        server = Server(FakeEngine(tokenizer.eos_token_id), tokenizer, Settings(("m",)))
+        with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {options.port}: cannot listen there"):
+            asyncio.run(serve(server, options))
+
+
 def test_the_commands_options(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -391,6 +404,8 @@ def test_the_commands_options(
     assert (found.names, found.api_key, found.max_body) == (("b",), "from the environment", 2**19)
     names = ["--served-model-name", "x", "y", "--api-key", "k"]
     assert settings_of(serve_arguments(["--model", "m", *names])).names == ("x", "y")
+    monkeypatch.setenv("FP4FLASH_API_KEY", "of a file\n")  # no header could carry that line's end
+    assert settings_of(serve_arguments(["--model", "m"])).api_key == "of a file"
     monkeypatch.setenv("FP4FLASH_API_KEY", "")
     assert main(["--model", str(tmp_path)]) == 2
     assert "is empty" in capsys.readouterr().err
