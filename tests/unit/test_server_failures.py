@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,10 +15,8 @@ from typing import Any
 import openai
 import pytest
 
-from core.errors import ConfigError
 from infer.serve import arguments as serve_arguments
-from infer.serve import main, serve, settings_of
-from infer.server.app import Server, Settings
+from infer.serve import main, settings_of
 from tests.fake_engine import FakeEngine, make_tokenizer
 from tests.serving import Served, eventually, serving
 
@@ -379,15 +376,6 @@ def test_a_second_signal_does_not_wait(folder: Path, tokenizer: Any) -> None:
     _, err = process.communicate(timeout=20)
     assert process.returncode == 0
     assert "without an API key" in err
-
-
-def test_an_address_that_cannot_be_had(tokenizer: Any) -> None:
-    options = serve_arguments(["--model", "m", "--host", "127.0.0.1"])
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        options.port = taken.getsockname()[1]
-        server = Server(FakeEngine(tokenizer.eos_token_id), tokenizer, Settings(("m",)))
-        with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {options.port}: cannot listen there"):
-            asyncio.run(serve(server, options))
 
 
 def test_the_commands_options(
