@@ -101,7 +101,13 @@ def measured(engine_options: EngineOptions, against: Path, options: argparse.Nam
         documents = texts_of(options.text, tokenizer, options.documents, length)
         prompts = [d[: max(1, min(32, len(d) // 2))] for d in documents][: options.replies]
         tau = trained_tau(engine_options.drafter) if engine_options.drafter else None
-        plan = Plan(documents, prompts, min(options.reply_tokens, engine.max_length - 32), options.layers, tau)
+        plan = Plan(
+            documents,
+            prompts,
+            min(options.reply_tokens, engine.max_length - max(map(len, prompts))),
+            options.layers,
+            tau,
+        )
         found = compare(engine, against, plan)
     return found if ranks.first else None
 

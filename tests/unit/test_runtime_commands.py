@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from core.mxfp4 import ScaleRule
 from infer import chat, generate, validate
 from infer.llm import LLM
 from infer.request import SamplingParams
+from infer.round import Round
 from tests import runtime_cases as cases
 from tests.convert_cases import CONFIGS, edit_tensors, exported, values_of
 from tests.drafter_cases import saved
@@ -257,11 +259,29 @@ def test_another_model_does_not_pass(made: Folders, tmp_path: Path, capsys: pyte
     assert "FAIL  logits" in said and "not what was trained" in said
 
 
+def test_replies_that_fail_are_not_the_same(
+    made: Folders, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits along a text may be right where those of generation are no numbers."""
+    whole = Round.compute
+
+    def broken(self: Round, given: Any) -> Any:
+        found = whole(self, given)
+        return replace(found, token=torch.full_like(found.token, -1))
+
+    monkeypatch.setattr(Round, "compute", broken)
+    assert validated(made, "--dtype", "float32", "--max-length", "30") == 1
+    assert "FAIL  greedy" in capsys.readouterr().out
+
+
 def test_a_drafter_that_lost_its_acceptance_raises_the_alarm(made: Folders, capsys: pytest.CaptureFixture[str]) -> None:
     for trained, status in ((1.2, 0), (4.9, 1)):
         made.trained(trained)
         assert validated(made, "--dtype", "float32", "--drafter", str(made.drafts)) == status
     assert "FAIL  drafter" in capsys.readouterr().out
+    (made.drafts / "report.json").write_text("[1]")
+    assert validated(made, "--dtype", "float32", "--drafter", str(made.drafts)) == 2
+    assert "is no report" in capsys.readouterr().err
     made.trained(1.0)
 
 
@@ -271,6 +291,7 @@ def test_a_drafter_that_lost_its_acceptance_raises_the_alarm(made: Folders, caps
         (["--text", "/nowhere"], "no such file"),
         (["--documents", "0"], "--documents 0"),
         (["--against", "/nowhere"], "neither a run"),
+        (["--out", "/nowhere/x.json"], "--out /nowhere/x.json: expected a file"),
     ],
 )
 def test_what_cannot_be_told_is_status_two(
