@@ -189,6 +189,35 @@ def test_ends(mimo: Made, drafter: bool) -> None:
     assert engine.stats().running == engine.stats().kv_used == 0
 
 
+def test_a_stop_inside_an_accepted_draft_ends_the_reply_there(mimo: Made) -> None:
+    """With its log probabilities; and no draft is verified beyond a reply's end."""
+    rounds: list[Round] = []
+    engine = cases.engine(mimo.folder, mimo.drafter_folder, on_round=rounds.append)
+    tried = 0
+    for p in mimo.prompts:
+        text = mimo.text[p.id]
+        engine.add(Request(p.id, p.ids, SamplingParams(max_tokens=TOKENS, ignore_eos=True)))
+        at = 0
+        for output in iter_outputs(engine):
+            inner = [i for n, i in enumerate(output.ids[:-1], at) if i not in text[:n]]
+            at += len(output.ids)
+            if inner:
+                tried += 1
+                params = SamplingParams(max_tokens=TOKENS, stop_token_ids=(inner[0],), logprobs=0, ignore_eos=True)
+                other = cases.engine(mimo.folder, mimo.drafter_folder)
+                other.add(Request("s", p.ids, params))
+                outputs = list(iter_outputs(other))
+                assert [i for o in outputs for i in o.ids] == text[: text.index(inner[0]) + 1]
+                assert all([one.id for one in o.logprobs] == list(o.ids) for o in outputs)
+                assert outputs[-1].finish == "stop" and other.stats().kv_used == 0
+                break
+        for _ in iter_outputs(engine):
+            pass
+    assert tried >= 3
+    ends = {p.id: len(p.ids) + TOKENS for p in mimo.prompts}
+    assert all(r.context + 1 + r.drafted < ends[r.request] for r in rounds)
+
+
 def test_the_models_own_end_token_ends_a_reply(mimo: Made) -> None:
     text = mimo.text["4"]
     engine = cases.engine(mimo.folder)
