@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from core.errors import ConfigError
+from core.errors import CheckpointError, ConfigError
 from core.generate.rounds import Round as LoggedRound
 from core.models.load import load_tokenizer
 from infer.cache import KVCache, LayerShape, bytes_per_token
@@ -180,8 +180,15 @@ def longest_request(book: PageBook, most: int, tokens: int, ahead: int) -> int:
 
 
 def end_tokens(folder: Path, config: PreTrainedConfig) -> frozenset[int]:
-    """EOS ids of the generation config, the model's config or the tokenizer, the first that says."""
-    generation = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    """EOS ids of the generation config, the model's config or the tokenizer, the first that says.
+
+    Raises:
+        CheckpointError: a file of them that is damaged.
+    """
+    try:
+        generation = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'generation_config.json'} cannot be read: {error}") from error
     for source in (generation, config, load_tokenizer(folder)):
         found = getattr(source, "eos_token_id", None)
         if found is not None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from core.errors import ConfigError
 from infer.command import ending
 from infer.generate import add_sampling, sampling_of, statistics
 from infer.options import add_options, options_of
@@ -47,6 +48,7 @@ def run(options: argparse.Namespace) -> int:
 
     given = {k: v for k, v in vars(engine).items() if k not in ("model", "drafter")}
     with LLM(engine.model, drafter=engine.drafter, **given) as llm:
+        llm.need_template()
         Conversation(llm, params, options.system).run()
     return 0
 
@@ -87,19 +89,24 @@ class Conversation:
 
     def reply(self, line: str) -> None:
         self.turns.append({"role": "user", "content": line})
-        begun, text = time.perf_counter(), ""
-        stream = self.llm.stream(self.llm.encode_chat(self.turns), self.params)
+        begun, text, stream = time.perf_counter(), "", None
         try:
+            stream = self.llm.stream(self.llm.encode_chat(self.turns), self.params)
             for piece, done in stream:
                 self.say(piece)
                 text += piece
                 if done.error:
                     self.say(f"[{done.error}]")
+        except ConfigError as error:  # too long by now, or the template refuses it
+            self.say(f"[{error}; /reset forgets the conversation]\n")
+            self.turns.pop()
+            return
         except KeyboardInterrupt:
             if self.llm.ranks.shard.world > 1:
                 raise  # the other ranks cannot know where this one stopped
         finally:
-            stream.close()
+            if stream is not None:
+                stream.close()
         self.say("\n")
         self.seconds += time.perf_counter() - begun
         self.turns.append({"role": "assistant", "content": text})

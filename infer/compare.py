@@ -153,12 +153,21 @@ def texts(path: str | None, tokenizer: Any) -> Iterator[str]:
 
 
 def trained_tau(drafter: Path) -> float | None:
-    """Tokens a round on held-out replies, the mean over domains, from the report of the run that trained it."""
+    """Tokens a round on held-out replies, the mean over domains, from the report of the run that trained it.
+
+    Raises:
+        DataError: a report that cannot be read.
+    """
     report = drafter.parent / "report.json"
     if not report.is_file():
         return None
-    found = json.loads(report.read_text()).get("teacher_forced", {})
-    values = [domain["tau"] for domain in found.values()]
+    try:
+        found = json.loads(report.read_text(encoding="utf-8")).get("teacher_forced", {})
+        values = [float(domain["tau"]) for domain in found.values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{report} is no report of draft_training ({error!r}); write it again or move it away"
+        ) from error
     return sum(values) / len(values) if values else None
 
 
@@ -222,10 +231,12 @@ def greedy(engine: ModelEngine, exact: Any, plan: Plan, found: Figures) -> None:
     replies = generated(engine, plan.prompts, plan.reply_tokens)
     margin = 2 * found.own.worst
     for prompt, reply in zip(plan.prompts, replies, strict=True):
+        found.replies += 1
+        if len(reply) < plan.reply_tokens:
+            continue  # it failed: neither the same nor a close call
         ids = torch.tensor(prompt + reply, device=engine.runner.model.device)
         logits = exact(input_ids=ids[None]).logits[0, len(prompt) - 1 : -1]
         wrong = (logits.argmax(-1) != ids[len(prompt) :]).nonzero().flatten().tolist()
-        found.replies += 1
         if not wrong:
             found.same_replies += 1
         else:  # from the first difference on they are other texts

@@ -73,6 +73,7 @@ class ModelEngine:
             expected=drafts, prompt=len(ids),
         )  # fmt: skip
         self.added += 1
+        self.ended = [o for o in self.ended if o.id != request.id]  # an earlier one's end would be taken for this one's
         self.live[request.id] = sequence
         self.scheduler.waiting.append(sequence)
 
@@ -117,9 +118,9 @@ class ModelEngine:
         sequence.ids.extend(kept)
         self.count(work, emitted, len(kept))
         self.log(work, emitted, len(kept), anchor, finish)
+        self.scheduler.advance(sequence, len(sequence.ids) - 1)  # at an end too: what was read stays findable
         if finish is not None:
             return self.end(sequence, kept, finish, emitted.logprobs[: len(kept)])
-        self.scheduler.advance(sequence, len(sequence.ids) - 1)
         sequence.learn(work.drafted, emitted.accepted if self.adaptive else work.drafted)
         sequence.draft = emitted.draft
         return Output(

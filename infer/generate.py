@@ -18,7 +18,7 @@ from pathlib import Path
 
 from core.checkpoint.writer import write_text
 from core.errors import ConfigError
-from infer.command import ending
+from infer.command import check_writable, ending
 from infer.options import add_options, options_of
 from infer.request import EngineStats, SamplingParams
 
@@ -48,7 +48,9 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-p", type=float, default=1.0)
     group.add_argument("--top-k", type=int, default=0, help="0: off")
     group.add_argument("--seed", type=int, help="the same seed gives the same text (default: a random one)")
-    group.add_argument("--stop", nargs="*", default=[], metavar="TEXT", help="strings that end a reply")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="string that ends a reply; may be given again"
+    )
     group.add_argument("--ignore-eos", action="store_true", help="go on after the model's end token")
 
 
@@ -85,6 +87,7 @@ def run(options: argparse.Namespace) -> int:
         print(plan_text(engine))
         return 0
     texts = prompts_of(options)
+    check_writable("--out", options.out)
     from infer.llm import LLM
 
     given = {k: v for k, v in vars(engine).items() if k not in ("model", "drafter")}

@@ -63,6 +63,8 @@ class EngineGenerator:
         finally:
             for name in replies:
                 self.engine.cancel(name)
+                if self.log:
+                    self.log.found.pop(name, None)
 
     def taken(self, reply: Reply, output: Output) -> Reply:
         if output.finish == FAILED:

@@ -11,6 +11,7 @@ Under torchrun every rank runs the same script and gets every reply; use `with L
 wait for each other.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from jinja2 import TemplateError
 from tqdm import tqdm
 
 from core.config import check_name_clash
@@ -34,7 +36,7 @@ Text = str | Sequence[int]
 
 @dataclass
 class Completion:
-    """ids: every token generated; text: of them, cut at a stop string and without special tokens.
+    """ids: every token generated; text: of them, cut at a stop string and without end token and special tokens.
 
     finish: stop | length | failed (then `error` says why). cached: prompt tokens taken from the prefix cache.
     """
@@ -50,8 +52,11 @@ class Completion:
 
 @dataclass
 class Running:
+    """news: text of outputs that its own iteration has not handed out yet."""
+
     completion: Completion
     stream: TextStream | None
+    news: deque[str] = field(default_factory=deque)
 
 
 class LLM:
@@ -72,6 +77,7 @@ class LLM:
         self.engine: Engine = build_engine(given, self.ranks)
         self.tokenizer = load_tokenizer(Path(model))
         self.count = 0
+        self.live: dict[str, Running] = {}  # of all iterations: each steps the engine for every other
 
     def encode(self, prompt: Text) -> list[int]:
         if not isinstance(prompt, str):
@@ -79,17 +85,28 @@ class LLM:
         return list(self.need_tokenizer()(prompt, verbose=False)["input_ids"])
 
     def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """A conversation through the model's own template, up to where the assistant speaks."""
-        tokenizer = self.need_tokenizer()
-        if not tokenizer.chat_template:
-            raise ConfigError("this model's tokenizer has no chat template: use plain prompts")
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        """A conversation through the model's own template, up to where the assistant speaks.
+
+        Raises:
+            ConfigError: there is no template, or it refuses the conversation.
+        """
+        tokenizer = self.need_template()
+        try:
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError, KeyError) as error:
+            raise ConfigError(f"the model's chat template refuses these messages: {error}") from error
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def need_tokenizer(self) -> Any:
         if self.tokenizer is None:
             raise ConfigError("the model's folder has no tokenizer (tokenizer.json): give prompts as token ids")
         return self.tokenizer
+
+    def need_template(self) -> Any:
+        tokenizer = self.need_tokenizer()
+        if not tokenizer.chat_template:
+            raise ConfigError("this model's tokenizer has no chat template: use plain prompts")
+        return tokenizer
 
     def generate(
         self,
@@ -138,27 +155,38 @@ class LLM:
             self.need_tokenizer()
         self.engine.add(Request(name, ids, params))
         stream = None if self.tokenizer is None else TextStream(self.tokenizer, params.stop, ids)
-        running[name] = Running(Completion(ids), stream)
+        running[name] = self.live[name] = Running(Completion(ids), stream)
 
     def steps(self, running: dict[str, Running]) -> Iterator[tuple[Completion, str]]:
         """Run the engine until all of `running` have ended; what each output added."""
         while running:
-            for output in self.engine.step():
-                one = running.get(output.id)
-                if one is not None:
-                    text = self.take(one, output)
-                    if one.completion.finish:
-                        del running[output.id]
+            if not any(one.news for one in running.values()):
+                self.step()
+            for name, one in list(running.items()):
+                while one.news:
+                    text = one.news.popleft()
+                    if one.completion.finish and not one.news:
+                        del running[name]
                     yield one.completion, text
 
+    def step(self) -> None:
+        """One step of the engine for everybody who waits for tokens."""
+        for output in self.engine.step():
+            one = self.live.get(output.id)
+            if one is not None:
+                one.news.append(self.take(one, output))
+                if one.completion.finish:
+                    del self.live[output.id]
+
     def take(self, one: Running, output: Output) -> str:
+        """Add an output to its completion; the text that became final. An end token has none."""
         done, stream = one.completion, one.stream
         done.ids.extend(output.ids)
         done.logprobs.extend(output.logprobs)
         done.cached, done.finish, done.error = output.cached, output.finish or "", output.error
         text = ""
         if stream is not None:
-            text = stream.push(output.ids).text
+            text = stream.push(output.ids[:-1] if output.finish == STOP else output.ids).text
             if output.finish is not None:
                 text += stream.finish()
             if stream.stopped:
@@ -171,6 +199,7 @@ class LLM:
     def abandon(self, running: dict[str, Running]) -> None:
         for name in running:
             self.engine.cancel(name)
+            self.live.pop(name, None)
         running.clear()
 
     def stats(self) -> EngineStats:

@@ -111,10 +111,13 @@ class PageBook:
         whole = -(-positions // self.size)
         return whole if pool.window is None else min(whole, -(-(pool.window + step) // self.size) + 1)
 
-    def open(self, ids: Sequence[int], reuse: bool) -> tuple[Table, int]:
-        """A table for a new request, and how many of its first tokens are cached. At least one token is left over."""
+    def open(self, ids: Sequence[int], reuse: bool, known: list[bytes] | None = None) -> tuple[Table, int]:
+        """A table for a new request, and how many of its first tokens are cached. At least one token is left over.
+
+        known: digests of the request from earlier calls, continued here: who waits for pages asks at every step.
+        """
         table = Table([[] for _ in self.pools], [0] * len(self.pools))
-        digests = chain(ids, self.size, (len(ids) - 1) // self.size) if reuse else []
+        digests = chain(ids, self.size, (len(ids) - 1) // self.size, known) if reuse else []
         count = self.longest(digests)
         for group, pool in enumerate(self.pools):
             first = pool.first_seen(count * self.size)
@@ -201,13 +204,12 @@ def link(before: bytes, ids: Sequence[int]) -> bytes:
     return hashlib.sha256(before + b"".join(i.to_bytes(4, "little") for i in ids)).digest()
 
 
-def chain(ids: Sequence[int], size: int, pages: int) -> list[bytes]:
-    """Digests of the first `pages` full pages."""
-    digests, last = [], b""
-    for at in range(pages):
-        last = link(last, ids[at * size : (at + 1) * size])
-        digests.append(last)
-    return digests
+def chain(ids: Sequence[int], size: int, pages: int, known: list[bytes] | None = None) -> list[bytes]:
+    """Digests of the first `pages` full pages; `known`, the first of them, is continued in place."""
+    digests = [] if known is None else known
+    for at in range(len(digests), pages):
+        digests.append(link(digests[-1] if at else b"", ids[at * size : (at + 1) * size]))
+    return digests[:pages]
 
 
 def plan_pools(

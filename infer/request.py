@@ -40,7 +40,7 @@ class SamplingParams:
         rules = {
             "temperature": (0 <= self.temperature <= 100, "0 (greedy) to 100"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
-            "top_k": (self.top_k >= 0, "at least 0 (0: off)"),
+            "top_k": (0 <= self.top_k < 2**31, "0 (off) to 2^31 - 1"),
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 1, "at least 1"),
             "seed": (self.seed is None or 0 <= self.seed < 2**63, "0 to 2^63 - 1"),
             "logprobs": (self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, f"0 to {MAX_LOGPROBS}"),
@@ -120,7 +120,8 @@ class Engine(Protocol):
         ...
 
     def cancel(self, request_id: str) -> None:
-        """Forget a request and free its memory; the next step reports it as cancelled. Unknown ids are ignored."""
+        """Forget a request and free its memory; the next step reports it as cancelled, unless its id was added again.
+        Unknown ids are ignored."""
         ...
 
     def step(self) -> list[Output]:

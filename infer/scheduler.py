@@ -95,7 +95,7 @@ class Scheduler:
     def admit(self, planned: dict[int, Work]) -> bool:
         """Start the first waiting request if its whole prompt fits beside what runs; False: not now."""
         sequence = self.waiting[0]
-        table, cached = self.book.open(sequence.ids, self.reuse)
+        table, cached = self.book.open(sequence.ids, self.reuse, sequence.digests)
         sequence.table, sequence.computed = table, cached
         work = self.work_for(sequence, self.room(planned))
         try:

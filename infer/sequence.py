@@ -25,6 +25,7 @@ class Sequence:
 
     computed: leading tokens whose keys and values are in the cache. limit: most tokens that `ids` may come to have.
     expected: running mean of accepted drafts; None without a drafter. cached: prompt tokens found in the prefix cache.
+    digests: of its first full pages, as far as they were asked for (infer.pages.PageBook.open).
     """
 
     request: Request
@@ -37,6 +38,7 @@ class Sequence:
     table: Table | None = None
     computed: int = 0
     cached: int | None = None
+    digests: list[bytes] = field(default_factory=list)
     rounds: int = 0
     draft: Pending = field(default_factory=Pending)
 

@@ -118,7 +118,7 @@ def settings_of(options: argparse.Namespace) -> Settings:
     if key is not None and not key.strip():
         raise ConfigError(f"--api-key or {KEY_VARIABLE} is empty; leave it out to ask for no key")
     names = tuple(options.served_model_name or [Path(options.model).resolve().name])
-    return Settings(names, key, options.max_waiting, int(options.max_body_mb * 2**20))
+    return Settings(names, key and key.strip(), options.max_waiting, int(options.max_body_mb * 2**20))
 
 
 async def serve(server: Server, options: argparse.Namespace) -> None:
@@ -134,8 +134,7 @@ async def serve(server: Server, options: argparse.Namespace) -> None:
     )  # fmt: skip
     await runner.setup()
     try:
-        site = web.TCPSite(runner, options.host, options.port)
-        await site.start()
+        await listen(runner, options.host, options.port)
         if options.host not in LOCAL and server.settings.api_key is None:
             print(
                 f"warning: listening on {options.host} without an API key: whoever reaches the port can use the model",
@@ -149,6 +148,14 @@ async def serve(server: Server, options: argparse.Namespace) -> None:
         server.engine.end_all()
     finally:
         await runner.cleanup()
+
+
+async def listen(runner: web.AppRunner, host: str, port: int) -> None:
+    """Raises ConfigError for an address that is taken, or is none of this machine."""
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port}: cannot listen there ({error.strerror or error})") from error
 
 
 async def first_of(*work: Any) -> None:

@@ -29,7 +29,7 @@ from pathlib import Path
 
 from core.checkpoint.writer import write_text
 from core.errors import ConfigError
-from infer.command import ending
+from infer.command import check_writable, ending
 from infer.options import EngineOptions, add_options, options_of
 
 NAME = "infer.validate"
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
     for name in ("documents", "length", "replies", "reply_tokens"):
         if getattr(options, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected at least 1")
+    check_writable("--out", options.out)
     options.drafter = model_of(Path(options.drafter), "drafter") if options.drafter else None
     engine, against = options_of(options), model_of(Path(options.against), "against")
     from core.config import check_name_clash
@@ -100,7 +101,13 @@ def measured(engine_options: EngineOptions, against: Path, options: argparse.Nam
         documents = texts_of(options.text, tokenizer, options.documents, length)
         prompts = [d[: max(1, min(32, len(d) // 2))] for d in documents][: options.replies]
         tau = trained_tau(engine_options.drafter) if engine_options.drafter else None
-        plan = Plan(documents, prompts, min(options.reply_tokens, engine.max_length - 32), options.layers, tau)
+        plan = Plan(
+            documents,
+            prompts,
+            min(options.reply_tokens, engine.max_length - max(map(len, prompts))),
+            options.layers,
+            tau,
+        )
         found = compare(engine, against, plan)
     return found if ranks.first else None
 

@@ -179,10 +179,18 @@ def choose(model: Any, attention: str, experts: str) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any | None:
-    """The folder's tokenizer, or None when it has none."""
+    """The folder's tokenizer, or None when it has none.
+
+    Raises:
+        CheckpointError: its files are damaged.
+    """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises plain exceptions
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(f"{folder}: its tokenizer is damaged ({said}); copy the base model's there") from error
 
 
 def save_model(

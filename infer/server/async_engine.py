@@ -217,6 +217,7 @@ class AsyncEngine:
         self._engine.cancel(request_id)
 
     def _step(self) -> None:
+        worked = bool(self._known)  # else it only reports what was cancelled, which says nothing about the engine
         try:
             outputs = self._engine.step()
         except Exception as error:
@@ -229,7 +230,8 @@ class AsyncEngine:
             if self._strikes == MAX_STRIKES:
                 raise EngineDeadError(f"{MAX_STRIKES} steps in a row failed, the last with {error}") from error
             return
-        self._strikes = 0
+        if worked:
+            self._strikes = 0
         stats = self._engine.stats()
         self._known.difference_update(o.id for o in outputs if o.finish is not None)
         # Requests begin in order of arrival, so those that still wait are the last ones.

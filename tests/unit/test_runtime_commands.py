@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from core.mxfp4 import ScaleRule
 from infer import chat, generate, validate
 from infer.llm import LLM
 from infer.request import SamplingParams
+from infer.round import Round
 from tests import runtime_cases as cases
 from tests.convert_cases import CONFIGS, edit_tensors, exported, values_of
 from tests.drafter_cases import saved
@@ -98,12 +100,20 @@ def test_generate_of_many_prompts(made: Folders, tmp_path: Path, capsys: pytest.
         (["--model", "MODEL", "--device", "tpu", "x"], "device='tpu'"),
         (["--model", "MODEL", "--drafter", "MODEL", "x"], "model_type"),
         (["--model", "MODEL", "--max-length", "3", "import os def"], "the prompt has"),
+        (["--model", "MODEL", "--out", "/nowhere/x.jsonl", "x"], "--out /nowhere/x.jsonl: expected a file"),
+        (["--model", "MODEL", "--kv-tokens", "1000000000000", "x"], "out of memory: lower --kv-tokens"),
+        (["--model", "DAMAGED generation_config.json", "x"], "generation_config.json cannot be read"),
+        (["--model", "DAMAGED tokenizer.json", "x"], "its tokenizer is damaged"),
     ],
 )
 def test_mistakes_end_in_one_line(
-    made: Folders, words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    made: Folders, words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [str(made.hf) if w == "MODEL" else w for w in words]
+    if given[1].startswith("DAMAGED"):
+        shutil.copytree(made.hf, tmp_path / "m")
+        (tmp_path / "m" / given[1].split()[1]).write_text("{")
+        given[1] = str(tmp_path / "m")
     assert generate.main([*given, *(() if "--device" in given else CPU)]) == 2
     error = capsys.readouterr().err
     assert said in error and error.startswith("infer.generate: ") and error.count("\n") == 1
@@ -128,6 +138,70 @@ def test_chat(made: Folders, capsys: pytest.CaptureFixture[str], monkeypatch: py
     _, wanted = made.text(template, 5)
     assert said[1].startswith(wanted)
     assert said[5] == said[1] and "tokens/s" in said[3]
+
+
+def test_a_chat_goes_on_after_what_it_cannot_read(
+    made: Folders, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A turn that is too long, and a conversation that the template refuses."""
+    lines = ["word " * 60, "hello", "/system be brief", "hello", "/system", "hello"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    template = made.model / "chat_template.jinja"
+    whole = template.read_text()
+    template.write_text(whole.replace("'bad'", "'system'"))
+    words = ["--model", str(made.model), "--max-tokens", "5", "--ignore-eos", "--max-length", "90", *CPU]
+    assert chat.main(words) == 0
+    template.write_text(whole)
+    said = capsys.readouterr().out.split("> ")
+    assert "the prompt has" in said[1] and "/reset" in said[1]
+    assert "template refuses" in said[4]
+    assert said[2] == said[6] and "[" not in said[2]
+
+
+def test_who_stops_reading_gets_no_traceback(
+    made: Folders, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def left(*args: Any, **more: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", left)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    assert generate.main(["--model", str(made.hf), "--max-tokens", "2", *CPU, "import os"]) == 1
+
+
+def test_several_strings_end_a_reply(made: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    _, text = made.text("import os", 20)
+    words = ["--model", str(made.hf), "--max-tokens", "20", "--ignore-eos", *CPU]
+    assert generate.main([*words, "--stop", "no such text", "--stop", text[3:6], "import os"]) == 0
+    assert capsys.readouterr().out == text[: text.index(text[3:6])] + "\n"
+
+
+def test_replies_that_are_read_in_turn(made: Folders) -> None:
+    """Each iteration steps the one engine; tokens of the other's request are the other's."""
+    llm = LLM(made.hf, drafter=made.drafts / "model", device="cpu", dtype="float32")
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    streams = {p: llm.stream(p, params) for p in ("import os", "def main")}
+    texts = dict.fromkeys(streams, "")
+    while streams:
+        for prompt in list(streams):
+            piece = next(streams[prompt], None)
+            if piece is None:
+                del streams[prompt]
+            else:
+                texts[prompt] += piece[0]
+                ids, _ = made.text("x", 3)
+                if prompt == "def main":
+                    assert llm.generate("x", SamplingParams(max_tokens=3, ignore_eos=True))[0].ids == ids
+    assert texts == {p: made.text(p, 20)[1] for p in texts}
+    assert not llm.live
+
+
+def test_an_end_token_has_no_text(made: Folders) -> None:
+    llm = LLM(made.hf, device="cpu", dtype="float32")
+    ids, _ = made.text("import os", 20)
+    end = next(i for i in range(4, 20) if ids[i] not in ids[:i])
+    found = llm.generate("import os", SamplingParams(stop_token_ids=(ids[end],), ignore_eos=True))[0]
+    assert found.ids == ids[: end + 1] and found.text == made.tokenizer.decode(ids[:end], skip_special_tokens=True)
 
 
 def test_the_python_api(made: Folders) -> None:
@@ -185,11 +259,29 @@ def test_another_model_does_not_pass(made: Folders, tmp_path: Path, capsys: pyte
     assert "FAIL  logits" in said and "not what was trained" in said
 
 
+def test_replies_that_fail_are_not_the_same(
+    made: Folders, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits along a text may be right where those of generation are no numbers."""
+    whole = Round.compute
+
+    def broken(self: Round, given: Any) -> Any:
+        found = whole(self, given)
+        return replace(found, token=torch.full_like(found.token, -1))
+
+    monkeypatch.setattr(Round, "compute", broken)
+    assert validated(made, "--dtype", "float32", "--max-length", "30") == 1
+    assert "FAIL  greedy" in capsys.readouterr().out
+
+
 def test_a_drafter_that_lost_its_acceptance_raises_the_alarm(made: Folders, capsys: pytest.CaptureFixture[str]) -> None:
     for trained, status in ((1.2, 0), (4.9, 1)):
         made.trained(trained)
         assert validated(made, "--dtype", "float32", "--drafter", str(made.drafts)) == status
     assert "FAIL  drafter" in capsys.readouterr().out
+    (made.drafts / "report.json").write_text("[1]")
+    assert validated(made, "--dtype", "float32", "--drafter", str(made.drafts)) == 2
+    assert "is no report" in capsys.readouterr().err
     made.trained(1.0)
 
 
@@ -199,6 +291,7 @@ def test_a_drafter_that_lost_its_acceptance_raises_the_alarm(made: Folders, caps
         (["--text", "/nowhere"], "no such file"),
         (["--documents", "0"], "--documents 0"),
         (["--against", "/nowhere"], "neither a run"),
+        (["--out", "/nowhere/x.json"], "--out /nowhere/x.json: expected a file"),
     ],
 )
 def test_what_cannot_be_told_is_status_two(

@@ -102,6 +102,27 @@ def test_a_prefix_is_read_once_and_the_text_stays_the_same(mimo: Made) -> None:
     assert fresh.stats().prefix_queries == 0 < engine.stats().prefix_hits
 
 
+@pytest.mark.parametrize("drafter", [False, True])
+def test_what_was_read_is_found_again_although_the_reply_ended_at_once(mimo: Made, drafter: bool) -> None:
+    """One token a reply, and the pages of a longer reply up to its last token."""
+    engine = cases.engine(mimo.folder, mimo.drafter_folder if drafter else None, page_size=8)
+    prompt, text = mimo.prompts[5], mimo.text["5"]
+    for tokens, more, cached in ((1, 0, 0), (1, 0, 32), (15, 0, 32), (1, 15, 40)):
+        engine.add(Request("a", prompt.ids + text[:more], SamplingParams(max_tokens=tokens, ignore_eos=True)))
+        found, last = cases.drained(engine)
+        assert found["a"] == text[more : more + tokens] and last["a"].cached == cached
+    assert engine.stats().kv_used == 0
+
+
+def test_top_k_is_refused_where_the_device_could_not_hold_it(mimo: Made) -> None:
+    """One request beyond int32 would fail a step, and with it everybody else's."""
+    with pytest.raises(ConfigError, match="top_k=2147483648: expected"):
+        SamplingParams(top_k=2**31)
+    engine = cases.engine(mimo.folder)
+    engine.add(Request("a", [1], SamplingParams(temperature=1.0, top_k=2**31 - 1, max_tokens=2, ignore_eos=True)))
+    assert len(cases.drained(engine)[0]["a"]) == 2
+
+
 def test_seeds_repeat_whatever_shares_the_batch(mimo: Made) -> None:
     def run(order: int, drafter: Path | None = None, **options: Any) -> dict[str, list[int]]:
         engine = cases.engine(mimo.folder, drafter, **options)
@@ -168,6 +189,35 @@ def test_ends(mimo: Made, drafter: bool) -> None:
     assert engine.stats().running == engine.stats().kv_used == 0
 
 
+def test_a_stop_inside_an_accepted_draft_ends_the_reply_there(mimo: Made) -> None:
+    """With its log probabilities; and no draft is verified beyond a reply's end."""
+    rounds: list[Round] = []
+    engine = cases.engine(mimo.folder, mimo.drafter_folder, on_round=rounds.append)
+    tried = 0
+    for p in mimo.prompts:
+        text = mimo.text[p.id]
+        engine.add(Request(p.id, p.ids, SamplingParams(max_tokens=TOKENS, ignore_eos=True)))
+        at = 0
+        for output in iter_outputs(engine):
+            inner = [i for n, i in enumerate(output.ids[:-1], at) if i not in text[:n]]
+            at += len(output.ids)
+            if inner:
+                tried += 1
+                params = SamplingParams(max_tokens=TOKENS, stop_token_ids=(inner[0],), logprobs=0, ignore_eos=True)
+                other = cases.engine(mimo.folder, mimo.drafter_folder)
+                other.add(Request("s", p.ids, params))
+                outputs = list(iter_outputs(other))
+                assert [i for o in outputs for i in o.ids] == text[: text.index(inner[0]) + 1]
+                assert all([one.id for one in o.logprobs] == list(o.ids) for o in outputs)
+                assert outputs[-1].finish == "stop" and other.stats().kv_used == 0
+                break
+        for _ in iter_outputs(engine):
+            pass
+    assert tried >= 3
+    ends = {p.id: len(p.ids) + TOKENS for p in mimo.prompts}
+    assert all(r.context + 1 + r.drafted < ends[r.request] for r in rounds)
+
+
 def test_the_models_own_end_token_ends_a_reply(mimo: Made) -> None:
     text = mimo.text["4"]
     engine = cases.engine(mimo.folder)
@@ -192,6 +242,17 @@ def test_cancelled_requests_give_their_pages_back(mimo: Made) -> None:
     assert last["0"].finish == last["5"].finish == "cancelled"
     assert {i: first.get(i, []) + tokens[i] for i in "1234"} == {i: mimo.text[i] for i in "1234"}
     assert engine.stats().kv_used == 0 and not engine.busy and engine.step() == []
+
+
+def test_the_end_of_a_cancelled_request_is_not_that_of_the_next_one_of_its_name(mimo: Made) -> None:
+    engine = cases.engine(mimo.folder)
+    engine.add(Request("a", mimo.prompts[3].ids, SamplingParams(max_tokens=5, ignore_eos=True)))
+    engine.step()
+    engine.cancel("a")
+    engine.add(Request("a", mimo.prompts[4].ids, SamplingParams(max_tokens=5, ignore_eos=True)))
+    outputs = list(iter_outputs(engine))
+    assert [i for o in outputs for i in o.ids] == mimo.text["4"][:5]
+    assert [o.finish for o in outputs if o.finish] == ["length"]
 
 
 def test_what_cannot_be_queued_is_refused_in_one_line(mimo: Made) -> None:

@@ -71,3 +71,16 @@ def test_faults_are_named_and_leave_nothing_behind(made: Any) -> None:
     replies.close()  # type: ignore[attr-defined]
     engine.step()
     assert engine.stats().running == engine.stats().waiting == 0 and engine.stats().kv_used == 0
+
+
+def test_rounds_of_an_abandoned_reply_are_not_the_next_ones(made: Any) -> None:
+    folder, drafter, *_ = made
+    log = RoundLog()
+    made_by = EngineGenerator(cases.engine(folder, drafter, adaptive=False, on_round=log.take), log)
+    sampling = Sampling(max_new_tokens=30)
+    fresh = {r.id: r.rounds for r in made_by.generate(cases.prompts(), sampling)}
+    replies = made_by.generate(cases.prompts(), sampling)
+    next(iter(replies))
+    replies.close()  # type: ignore[attr-defined]
+    assert not log.found
+    assert {r.id: r.rounds for r in made_by.generate(cases.prompts(), sampling)} == fresh

@@ -1,6 +1,7 @@
 """Pages: none is lost or shared by mistake, the prefix cache finds what is there, windows let go of the rest."""
 
 import random
+from itertools import product
 
 import pytest
 
@@ -86,6 +87,18 @@ def test_a_beginning_is_found_again_and_another_is_not() -> None:
     assert given.open(ids[:8], reuse=True)[1] == 4, "one token must be left to compute"
 
 
+def test_digests_are_continued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that waits is looked up at every step, and hashed once."""
+    given, known = book(None), list[bytes]()
+    given.close(filled(given, list(range(20))))
+    assert given.open(list(range(9)), True, known)[1] == 8
+    monkeypatch.setattr("infer.pages.link", lambda before, ids: pytest.fail("hashed again"))
+    assert given.open(list(range(9)), True, known)[1] == 8
+    monkeypatch.undo()
+    assert given.open(list(range(17)), True, known)[1] == 16 and len(known) == 4
+    assert given.open(list(range(9)), True, known)[1] == 8, "only the pages of these tokens"
+
+
 def test_a_window_needs_only_its_last_positions() -> None:
     """After 20 tokens the window group has let go of the first pages; a longer prompt still starts there."""
     given = book(None, 5)
@@ -113,6 +126,16 @@ def test_the_oldest_beginning_is_forgotten_first() -> None:
     assert given.open([*first, 0], reuse=True)[1] < 8
 
 
+def test_the_end_of_a_text_is_forgotten_before_its_beginning() -> None:
+    given = book(None, pages=4)
+    given.close(filled(given, [1] * 16))
+    for pages in (3, 2, 1):
+        given.pools[0].take()
+        table, cached = given.open([1] * 17, reuse=True)
+        assert cached == pages * SIZE
+        given.close(table)
+
+
 def test_out_of_pages_takes_nothing_away() -> None:
     given = book(None, pages=3)
     table, _ = given.open([1], reuse=False)
@@ -124,10 +147,12 @@ def test_out_of_pages_takes_nothing_away() -> None:
 
 
 def test_what_fits_alone_is_what_a_lonely_request_can_have() -> None:
-    for window in (None, 5, 9):
+    for window, pages in product((None, 5, 9), (4, 5, 6)):
         for step in (1, 3, 8):
-            given = book(window, pages=6)
+            given = book(window, pages=pages)
             fitting = [n for n in range(1, 60) if given.fits(n, step, 2)]
+            if not fitting:
+                continue
             longest = max(fitting)
             assert fitting == list(range(1, longest + 1))
             table, _ = given.open([0] * min(longest, 50), reuse=False)

@@ -1,5 +1,7 @@
 """The server with a model behind it: the openai client's text is the model's, and clients that leave cost no pages."""
 
+import asyncio
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from core.errors import ConfigError
 from core.models.load import load_model, save_model
 from core.mxfp4 import ScaleRule
+from infer.serve import arguments, serve
+from infer.server.app import Server, Settings
 from tests import runtime_cases as cases
 from tests.convert_cases import CONFIGS, values_of
 from tests.drafter_cases import saved
@@ -84,6 +89,20 @@ def test_a_seed_repeats_and_a_chat_has_usage(served: Served) -> None:
     assert usage.completion_tokens == 12 and usage.prompt_tokens > 3
 
 
+def test_a_lost_device_is_reported(served: Served) -> None:
+    """Between failing steps the engine reports what was cancelled: such a step is no sign of life."""
+
+    def lost(work: Any) -> Any:
+        raise RuntimeError("device lost")
+
+    served.engine.runner.run = lost
+    for _ in range(3):
+        assert served.ask("/health")[0] == 200
+        assert served.ask("/v1/completions", {"prompt": "import os"})[0] == 500
+    eventually(lambda: served.ask("/health")[0] == 503)
+    assert served.ask("/v1/completions", {"prompt": "import os"})[0] == 503
+
+
 def test_what_does_not_fit_is_a_400_and_clients_that_leave_cost_nothing(served: Served) -> None:
     status, body, _ = served.ask("/v1/completions", {"model": "tiny", "prompt": "x " * 3000, "max_tokens": 1})
     assert status == 400 and "context" in body["error"]["message"]
@@ -95,3 +114,12 @@ def test_what_does_not_fit_is_a_400_and_clients_that_leave_cost_nothing(served: 
     eventually(lambda: served.engine.stats().running == served.engine.stats().waiting == 0, 30)
     assert served.engine.stats().kv_used == 0
     assert served.ask("/health")[0] == 200
+
+
+def test_an_address_that_cannot_be_had(made: Made) -> None:
+    options = arguments(["--model", "m", "--host", "127.0.0.1"])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        options.port = taken.getsockname()[1]
+        server = Server(cases.engine(made.folder), made.tokenizer, Settings(("m",)))
+        with pytest.raises(ConfigError, match=f"--host 127.0.0.1 --port {options.port}: cannot listen there"):
+            asyncio.run(serve(server, options))

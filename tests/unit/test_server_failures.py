@@ -55,7 +55,8 @@ def refused(served: Served, path: str, body: Any, status: int, param: str | None
 
 BOTH = [
     ({"temperature": -1}, "temperature"), ({"temperature": "1"}, "temperature"), ({"temperature": True}, "temperature"),
-    ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"top_k": -2}, "top_k"), ({"n": 0}, "n"), ({"n": 9}, "n"),
+    ({"top_p": 0}, "top_p"), ({"top_p": 1.5}, "top_p"), ({"top_k": -2}, "top_k"),
+    ({"top_k": 2**31}, "top_k"), ({"n": 0}, "n"), ({"n": 9}, "n"),
     ({"n": 1000}, "n"), ({"n": 1.0}, "n"), ({"seed": -1}, "seed"), ({"seed": 2**63}, "seed"), ({"stop": 5}, "stop"),
     ({"stop": [""]}, "stop"), ({"stop": ["a", 1]}, "stop"), ({"stop": ["a"] * 65}, "stop"), ({"stop": {}}, "stop"),
     ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": -5}, "max_tokens"), ({"max_tokens": 10**9}, "max_tokens"),
@@ -391,6 +392,8 @@ def test_the_commands_options(
     assert (found.names, found.api_key, found.max_body) == (("b",), "from the environment", 2**19)
     names = ["--served-model-name", "x", "y", "--api-key", "k"]
     assert settings_of(serve_arguments(["--model", "m", *names])).names == ("x", "y")
+    monkeypatch.setenv("FP4FLASH_API_KEY", "of a file\n")  # no header could carry that line's end
+    assert settings_of(serve_arguments(["--model", "m"])).api_key == "of a file"
     monkeypatch.setenv("FP4FLASH_API_KEY", "")
     assert main(["--model", str(tmp_path)]) == 2
     assert "is empty" in capsys.readouterr().err
