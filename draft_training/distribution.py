@@ -199,9 +199,10 @@ class Distribution:
 
 
 def packed_distance(target: Target, prompt: Prompt, prob: Tensor, sampling: Sampling) -> float:
-    ids = torch.tensor([prompt.ids], device=target.device)
-    hidden, _ = target.packed(ids, torch.arange(ids.shape[1], device=ids.device)[None])
-    other = probabilities(target.head(hidden[0, -1]), sampling).cpu()
+    ids = torch.zeros(1, target.room(len(prompt.ids)), dtype=torch.int64)
+    ids[0, : len(prompt.ids)] = torch.tensor(prompt.ids)
+    hidden, _ = target.packed(ids.to(target.device), torch.arange(ids.shape[1], device=target.device)[None])
+    other = probabilities(target.head(hidden[0, len(prompt.ids) - 1]), sampling).cpu()
     return float((other - prob).abs().sum() / 2)
 
 

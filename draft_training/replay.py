@@ -105,22 +105,26 @@ def replay(
     """
     pairs = sorted(texts, key=lambda pair: len(pair[0].ids) + len(pair[1].ids))
     while pairs:
-        longest = len(pairs[-1][0].ids) + len(pairs[-1][1].ids)
-        rows, pairs = pairs[-max(1, row_tokens // longest) :], pairs[: -max(1, row_tokens // longest)]
-        yield from replay_rows(target, drafter, rows, longest, anchors)
+        length = target.room(len(pairs[-1][0].ids) + len(pairs[-1][1].ids))
+        count = max(1, row_tokens // length)
+        rows, pairs = pairs[-count:], pairs[:-count]
+        shape = (count if target.compiles_shapes else len(rows), length)
+        yield from replay_rows(target, drafter, rows, shape, anchors)
 
 
 def replay_rows(
-    target: Target, drafter: AnyDrafter, rows: list[tuple[Prompt, Reply]], longest: int, anchors: int
+    target: Target, drafter: AnyDrafter, rows: list[tuple[Prompt, Reply]], shape: tuple[int, int], anchors: int
 ) -> Iterator[Replayed]:
+    """`shape`: rows and tokens of the target's forward; what the texts leave empty is seen by nobody in them."""
     device = target.device
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+    ids = torch.zeros(shape, dtype=torch.int64)
     for row, (prompt, reply) in enumerate(rows):
         text = [*prompt.ids, *reply.ids]
         ids[row, : len(text)] = torch.tensor(text)
     ids = ids.to(device)
-    position = torch.arange(longest, device=device).expand(len(rows), -1)
-    _, features = target.packed(ids, position)  # the padding behind a text is seen by nobody before it
+    position = torch.arange(shape[1], device=device).expand(shape)
+    _, features = target.packed(ids, position)
+    ids, position, features = ids[: len(rows)], position[: len(rows)], features[: len(rows)]
     starts = [len(prompt.ids) for prompt, _ in rows]
     counts = [len(reply.ids) for _, reply in rows]
     parts: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in rows]

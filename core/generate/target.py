@@ -18,6 +18,8 @@ from core.generate.slots import SlotCache, by_kind, masks
 from core.models.ops import flex_mask
 from core.train.batch import document_ids
 
+SHORTEST = 128  # a block of flex_attention
+
 
 class Target:
     """`model` with its taps. Frozen: everything here runs without gradients."""
@@ -39,6 +41,16 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         return self.embedding.weight.dtype
+
+    @property
+    def compiles_shapes(self) -> bool:
+        """Whether rows had better have few shapes: on a GPU block-sparse attention compiles for each (and after eight
+        no longer does)."""
+        return self.device.type == "cuda"
+
+    def room(self, tokens: int) -> int:
+        """How long to make rows for texts of many lengths. What is behind a text is seen by nobody in it."""
+        return max(SHORTEST, 1 << (tokens - 1).bit_length()) if self.compiles_shapes else tokens
 
     @contextmanager
     def tapping(self) -> Iterator[list[Tensor]]:

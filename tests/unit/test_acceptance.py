@@ -265,6 +265,30 @@ def test_same_text_says_where_replies_part() -> None:
     assert (found.equal, found.total, dict(found.first)) == (1, 3, {"b": 1, "c": 2})
 
 
+@pytest.mark.parametrize("kind", ["dflash", "eagle"])
+def test_room_behind_texts_changes_no_draft(kind: str, model: LlamaForCausalLM) -> None:
+    """On a GPU rows are longer than their texts, and more than there are texts."""
+
+    class Roomy(Target):
+        compiles_shapes = True
+
+    prompts = prompts_of((9, 14, 11))
+    opened = (
+        dflash("d", drafter_of(), model) if kind == "dflash" else eagle("e", eagle_of(vocab_size=VOCABULARY), model)
+    )
+    pairs = pairs_of(prompts, plain_text(model, prompts, Sampling(max_new_tokens=24), 4, (), "text"))
+    exact, roomy = (
+        {one.id: one for one in opened.replayed(made(model, opened.taps), pairs)} for made in (Target, Roomy)
+    )
+    assert {i: one.tokens.tolist() for i, one in exact.items()} == {i: one.tokens.tolist() for i, one in roomy.items()}
+    sizes = set()
+    with torch.no_grad():
+        hook = model.model.embed_tokens.register_forward_hook(lambda _m, given, _out: sizes.add(tuple(given[0].shape)))
+        list(opened.replayed(Roomy(model, opened.taps), pairs))
+        hook.remove()
+    assert (4096 // 128, 128) in sizes
+
+
 def test_windows_change_the_drafts_and_their_own_is_the_same(model: LlamaForCausalLM) -> None:
     prompts = prompts_of((9, 14, 11, 20))
     opened = dflash("d", drafter_of(window=8), model)
