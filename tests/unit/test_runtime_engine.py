@@ -51,6 +51,8 @@ def test_greedy_text_is_the_models(made: Made, options: dict[str, Any]) -> None:
     engine = cases.engine(made.folder, **options)
     assert cases.generated(engine, made.prompts, max_tokens=TOKENS) == made.text
     assert engine.stats().kv_used == 0 and (engine.stats().preemptions > 0) == ("kv_tokens" in options)
+    if "kv_tokens" not in options:
+        assert engine.stats().prompt_tokens == sum(len(p.ids) for p in made.prompts)  # each read once
 
 
 @pytest.mark.parametrize(

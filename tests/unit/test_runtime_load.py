@@ -7,19 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen3MoeConfig
 
 from core.errors import CheckpointError, ConfigError, UnsupportedError
 from core.models.fingerprint import fingerprint
 from core.models.load import load_model, save_model
 from core.models.mimo_v2_config import MiMoV2Config
 from core.mxfp4 import ScaleRule
+from infer.geometry import Geometry
 from infer.options import EngineOptions
 from infer.score import scored
 from infer.shard import Shard
 from infer.weights import load_weights
 from kernels.moe_mxfp4 import DenseWeights, ExpertWeights
 from tests import runtime_cases as cases
-from tests.convert_cases import MIMO, checkpoint, edit_json, exported, values_of
+from tests.convert_cases import MIMO, ROUTED, SIZE, checkpoint, edit_json, exported, values_of
 
 NATIVE = {"mimo": "mimo", "mimo pro": "mimo", "qwen3_moe": "quark", "gpt_oss": "gpt-oss", "gpt_oss wide": "gpt-oss"}
 
@@ -43,7 +45,9 @@ def test_logits_are_transformers(folders: dict[str, Path]) -> None:
                 for d in (torch.float32, torch.bfloat16)
             )
         exact, own = (
-            torch.cat([part for _, part in scored(cases.engine(folder, dtype=d, step_tokens=16, rows=4), ids)]).double()
+            torch.cat(
+                [part for _, part in scored(cases.engine(folder, dtype=d, step_tokens=9, page_size=8, rows=4), ids)]
+            ).double()
             for d in ("float32", "bfloat16")
         )
         assert (exact - wanted).abs().max() < 1e-4 * wanted.abs().max(), name
@@ -68,6 +72,29 @@ def test_experts_off_the_grid_stay_bf16(tmp_path: Path) -> None:
     assert cases.generated(cases.engine(folder), prompts, max_tokens=8) == cases.greedy(model, prompts, 8)
 
 
+VARIANTS = {
+    "groups, scaling, plain values": MiMoV2Config(
+        **MIMO | {"routed_scaling_factor": 2.5, "n_group": 2, "topk_group": 1, "v_head_dim": 16}
+        | {"attention_value_scale": None}
+    ),
+    "weights as they are": MiMoV2Config(**MIMO | {"norm_topk_prob": False}),
+    "normalised, a dense layer": Qwen3MoeConfig(
+        **SIZE, **ROUTED, num_experts=4, head_dim=32, norm_topk_prob=True, mlp_only_layers=[1]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_a_configuration_changes_is_computed(tmp_path: Path, name: str) -> None:
+    save_model(values_of(VARIANTS[name], ScaleRule.even).items(), VARIANTS[name], tmp_path / "m")
+    ids = torch.randint(0, 64, (30,), generator=torch.Generator().manual_seed(2)).tolist()
+    with torch.no_grad():
+        model = load_model(tmp_path / "m", dtype=torch.float32, attention="eager").model
+        wanted = model(input_ids=torch.tensor([ids])).logits[0]
+    own = torch.cat([part for _, part in scored(cases.engine(tmp_path / "m"), ids)])
+    assert (own - wanted).abs().max() < 1e-4 * wanted.abs().max()
+
+
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("family", ["mimo pro", "gpt_oss"])
 def test_shards_add_up(tmp_path: Path, family: str, world: int) -> None:
@@ -81,13 +108,31 @@ def test_shards_add_up(tmp_path: Path, family: str, world: int) -> None:
     parts = [
         load_weights(folder, dtype=torch.float32, device=device, shard=Shard(r, world)).weights for r in range(world)
     ]
-    whole = load_weights(folder, dtype=torch.float32, device=device, shard=Shard()).weights
+    loaded = load_weights(folder, dtype=torch.float32, device=device, shard=Shard())
+    whole, geometry = loaded.weights, loaded.geometry
     for index, layer in enumerate(whole.layers):
         found = torch.cat([p.layers[index].out for p in parts], dim=1)
         assert torch.equal(found, layer.out)
         assert sum(p.layers[index].out_bias is not None for p in parts) == (layer.out_bias is not None)
+        if layer.sinks is not None:
+            assert torch.equal(torch.cat([p.layers[index].sinks for p in parts]), layer.sinks)
+        if layer.experts is not None:
+            biased = layer.experts.down_bias is not None
+            assert sum(p.layers[index].experts.down_bias is not None for p in parts) == biased
+        own = [qkv_of(p.layers[index].qkv, geometry, index, Shard(r, world)) for r, p in enumerate(parts)]
+        for each, together in zip(zip(*own, strict=True), qkv_of(layer.qkv, geometry, index, Shard()), strict=True):
+            copies = max(1, world * len(each[0]) // len(together))  # of a key-value head, on ranks that share it
+            assert torch.equal(torch.cat(each[::copies]), together)
+            assert all(torch.equal(one, each[r // copies * copies]) for r, one in enumerate(each))
     vocabulary = torch.cat([p.head for p in parts])
     assert torch.equal(vocabulary[: len(whole.head)], whole.head) and not vocabulary[len(whole.head) :].any()
+
+
+def qkv_of(qkv: torch.Tensor, g: Geometry, index: int, shard: Shard) -> tuple[torch.Tensor, ...]:
+    """A rank's query, key and value rows."""
+    kv = shard.kv_heads(g.layers[index].kv_heads)
+    count = kv.stop - kv.start
+    return qkv.split([g.heads // shard.world * g.head_dim, count * g.head_dim, count * g.value_dim])
 
 
 def test_an_unknown_family_is_named(tmp_path: Path) -> None:

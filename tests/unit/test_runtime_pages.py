@@ -147,10 +147,10 @@ def test_out_of_pages_takes_nothing_away() -> None:
 
 
 def test_what_fits_alone_is_what_a_lonely_request_can_have() -> None:
-    for window, pages in product((None, 5, 9), (4, 5, 6)):
-        for step in (1, 3, 8):
+    for window, pages in product((None, 5, 9), (4, 5, 6, 7)):
+        for step, ahead in product((1, 3, 8), (2, 9)):
             given = book(window, pages=pages)
-            fitting = [n for n in range(1, 60) if given.fits(n, step, 2)]
+            fitting = [n for n in range(1, 60) if given.fits(n, step, ahead)]
             if not fitting:
                 continue
             longest = max(fitting)
@@ -158,7 +158,7 @@ def test_what_fits_alone_is_what_a_lonely_request_can_have() -> None:
             table, _ = given.open([0] * min(longest, 50), reuse=False)
             for at in range(0, min(longest, 50), step):
                 end = min(at + step, longest, 50)
-                given.reserve(table, end + 2)
+                given.reserve(table, end + ahead)
                 given.commit(table, [0] * 60, end)
 
 
