@@ -1,6 +1,8 @@
 # Set-up and everyday commands; `make demo` and `make test` need nothing but Python 3.11 or 3.12 and make.
+# JOBS: processes of `make test`, about 3 GB each.
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -17,7 +19,7 @@ demo: $(STAMP)
 	$(BIN)/python -m qat.train +experiment=mimo_fp4
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests -m "not slow"
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest tests -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest tests -m slow
