@@ -254,7 +254,10 @@ def bench(name: str, tiles: list[Any], rate: float, options: argparse.Namespace)
         calls = make_calls(shape, layers, tokens)
         found = {str(tile or "ours"): measure(calls, shape, rate, tile, options.repeats) for tile in tiles}
         if peers:
-            found["humming"] = measure_humming(peers, calls, shape, rate, options.repeats)
+            try:
+                found["humming"] = measure_humming(peers, calls, shape, rate, options.repeats)
+            except AssertionError:  # its tuning tables do not know the shape (2,880 columns of gpt-oss)
+                print(f"{name}, {tokens} tokens: humming-kernels not measured, its tuning has no answer for the shape")
         for what, measured in found.items():
             for each in measured:
                 rows.append({"shape": name, "tokens": tokens, "what": what} | each)
