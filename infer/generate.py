@@ -11,6 +11,7 @@ JSON lines, in their order.
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -63,6 +64,8 @@ def sampling_of(options: argparse.Namespace) -> SamplingParams:
 
 def prompts_of(options: argparse.Namespace) -> list[str]:
     """Raises ConfigError where there is none."""
+    if "-" in options.prompt and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("prompt '-': several processes have no common standard input; give it in --prompts FILE")
     given = [sys.stdin.read() if p == "-" else p for p in options.prompt]
     if options.prompts:
         try:

@@ -119,6 +119,15 @@ def test_mistakes_end_in_one_line(
     assert said in error and error.startswith("infer.generate: ") and error.count("\n") == 1
 
 
+def test_standard_input_of_several_processes_is_refused(
+    made: Folders, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only one of them would have it, and the others would end without a prompt while it waits for them."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert generate.main(["--model", str(made.hf), *CPU, "-"]) == 2
+    assert "several processes have no common standard input" in capsys.readouterr().err
+
+
 def test_no_gpu_is_said(made: Folders, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -300,7 +300,7 @@ def test_not_a_number_fails_its_request_and_nothing_else(mimo: Made) -> None:
 
 
 def test_a_drafter_that_is_never_right_drafts_less(mimo: Made) -> None:
-    """Adaptive length: one draft of four after a while, none lost for a drafter that is always right."""
+    """Adaptive length: two drafts of four after a while, none lost for a drafter that is always right."""
     torch.manual_seed(0)
     engine = cases.engine(mimo.folder, mimo.drafter_folder)
     assert engine.runner.drafter is not None
