@@ -7,12 +7,13 @@ on the MXFP4 grid (`export --to bf16` of a trained run) are packed without loss;
 Legend: E experts, I inner size, G hidden size, N output rows, K reduction dim.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from core.checkpoint.index import open_checkpoint
@@ -25,10 +26,11 @@ from core.models.load import plan_reader
 from core.mxfp4 import BLOCK, Packed
 from infer.geometry import Geometry, LayerSpec, geometry_of
 from infer.shard import Shard, columns_of, packed_columns, packed_rows, padded, rows_of
+from infer.staging import Staging
 from kernels.moe_mxfp4 import DenseWeights, ExpertWeights
 from kernels.mxfp4_snap import decode, encode
 
-READERS = 4  # threads that copy pieces of experts out of the files
+READERS = 8  # threads that copy pieces of experts out of the files
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,8 @@ class Loader:
     shard: Shard
     dtype: torch.dtype
     device: torch.device
+    staging: Staging
+    readers: ThreadPoolExecutor
     ends: dict[str, Ends] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
@@ -200,36 +204,54 @@ class Loader:
         return all(k in self.reader.plan.scales and self.reader.entry(k).dtype == torch.uint8 for k in recipe.keys)
 
     def packed(self, name: str, recipe: Recipe) -> Packed:
-        checkpoint, plan = self.reader.checkpoint, self.reader.plan
+        """Codes and scales of all experts, on the device; a few experts at a time pass through the host."""
+        checkpoint = self.reader.checkpoint
         if recipe.kind is Kind.gpt_oss:
             blocks, scales = (checkpoint.read(key) for key in recipe.keys)
             packed = Packed(blocks.flatten(-2), scales)
-        else:
-            count, width = len(recipe.keys) // recipe.width, recipe.width
-            _, n, k = self.reader.shapes[name]
-            rows = n // width
-            packed = Packed(
-                torch.empty(count, n, k // 2, dtype=torch.uint8), torch.empty(count, n, k // BLOCK, dtype=torch.uint8)
-            )
+            self.ends[name] = self.packed_ends(name, packed, packed)
+            return Packed(self.place(packed.codes), self.place(packed.scales))
+        count = len(recipe.keys) // recipe.width
+        _, n, k = self.reader.shapes[name]
+        widths = (k // 2, k // BLOCK)
+        codes, scales = (torch.empty(count, n, width, dtype=torch.uint8, device=self.device) for width in widths)
+        group = max(1, self.staging.block_bytes // (n * sum(widths)))
+        edges: list[Packed] = []
+        for begin in range(0, count, group):
+            end = min(begin + group, count)
 
-            def read(number: int) -> None:
-                key = recipe.keys[number]
-                expert, part = divmod(number, width)
-                where = slice(part * rows, (part + 1) * rows)
-                checkpoint.read_into(self.reader.entry(key).name, packed.codes[expert, where])
-                checkpoint.read_into(plan.scales[key], packed.scales[expert, where])
+            def read(host: Sequence[Tensor], begin: int = begin, end: int = end) -> None:
+                self.read_experts(recipe, begin, end, Packed(*host))
+                if begin == 0:
+                    edges.append(Packed(*(t[:1].clone() for t in host)))
+                if end == count:
+                    edges.append(Packed(*(t[-1:].clone() for t in host)))
 
-            with ThreadPoolExecutor(READERS) as pool:
-                list(pool.map(read, range(len(recipe.keys))))
-        self.ends[name] = self.packed_ends(name, packed)
-        return Packed(self.place(packed.codes), self.place(packed.scales))
+            self.staging.fill((codes[begin:end], scales[begin:end]), read)
+        self.ends[name] = self.packed_ends(name, *edges)
+        return Packed(codes, scales)
 
-    def packed_ends(self, name: str, packed: Packed) -> Ends:
-        """Of the expanded values, in the order in which the model holds them."""
-        n, k = packed.codes.shape[1], packed.codes.shape[2] * 2
+    def read_experts(self, recipe: Recipe, begin: int, end: int, out: Packed) -> None:
+        """Experts `begin` to `end` into `out` [end - begin, N, ...]; each is `recipe.width` tensors of the files."""
+        checkpoint, scales, width = self.reader.checkpoint, self.reader.plan.scales, recipe.width
+        rows = out.codes.shape[1] // width
+
+        def read(number: int) -> None:
+            key = recipe.keys[begin * width + number]
+            expert, part = divmod(number, width)
+            where = slice(part * rows, (part + 1) * rows)
+            checkpoint.read_into(self.reader.entry(key).name, out.codes[expert, where])
+            checkpoint.read_into(scales[key], out.scales[expert, where])
+
+        list(self.readers.map(read, range((end - begin) * width)))
+
+    def packed_ends(self, name: str, head: Packed, tail: Packed) -> Ends:
+        """Of the expanded values, in the order in which the model holds them; `head` begins with the first expert,
+        `tail` ends with the last."""
+        n, k = head.codes.shape[1], head.codes.shape[2] * 2
         rows = n if self.geometry.interleaved else min(n, -(-EDGE // k))  # there, K comes before N: whole experts
-        first = decode(Packed(packed.codes[0, :rows], packed.scales[0, :rows]), backend="reference")
-        last = decode(Packed(packed.codes[-1, n - rows :], packed.scales[-1, n - rows :]), backend="reference")
+        first = decode(Packed(head.codes[0, :rows], head.scales[0, :rows]), backend="reference")
+        last = decode(Packed(tail.codes[-1, n - rows :], tail.scales[-1, n - rows :]), backend="reference")
         if self.geometry.interleaved:
             first, last = first.T, last.T
         return ends_of(self.reader.shapes[name], first, last)
@@ -270,8 +292,10 @@ class Loaded:
     fingerprint: str
 
 
-def load_weights(folder: Path | str, *, dtype: torch.dtype, device: torch.device, shard: Shard) -> Loaded:
-    """What rank `shard.rank` holds of the model in `folder`.
+def load_weights(
+    folder: Path | str, *, dtype: torch.dtype, device: torch.device, shard: Shard, staging: Staging | None = None
+) -> Loaded:
+    """What rank `shard.rank` holds of the model in `folder`; `staging` None: the usual one of the device.
 
     Raises:
         CheckpointError: missing, incomplete or damaged files. UnsupportedError: a family the runtime does not have.
@@ -283,7 +307,12 @@ def load_weights(folder: Path | str, *, dtype: torch.dtype, device: torch.device
     checkpoint = open_checkpoint(folder)
     meta = build_meta(config)
     reader = plan_reader(meta, checkpoint, checkpoint.config.get("model_type", config.model_type))
-    loader = Loader(reader, geometry, shard, dtype, device)
+    with ThreadPoolExecutor(READERS) as readers:
+        return loaded(Loader(reader, geometry, shard, dtype, device, staging or Staging(device), readers), config, meta)
+
+
+def loaded(loader: Loader, config: PreTrainedConfig, meta: nn.Module) -> Loaded:
+    geometry, shard = loader.geometry, loader.shard
     embedding = loader.place(loader.whole("model.embed_tokens.weight"))
     first, last, width = shard.vocabulary(geometry.vocab_size)
     if loader.has("lm_head.weight"):

@@ -18,6 +18,7 @@ from infer.geometry import Geometry
 from infer.options import EngineOptions
 from infer.score import scored
 from infer.shard import Shard
+from infer.staging import Staging
 from infer.weights import load_weights
 from kernels.moe_mxfp4 import DenseWeights, ExpertWeights
 from tests import runtime_cases as cases
@@ -60,6 +61,22 @@ def test_experts_stay_packed_and_the_fingerprint_is_the_models(folders: dict[str
             found = load_weights(folder, dtype=dtype, device=torch.device("cpu"), shard=Shard())
             assert all(isinstance(w.experts, ExpertWeights) for w in found.weights.layers if w.router is not None), name
             assert found.fingerprint == fingerprint(load_model(folder, dtype=dtype).model), name
+
+
+@pytest.mark.parametrize("block_bytes", [1, 1 << 20])
+def test_weights_that_pass_through_used_memory_are_the_same(folders: dict[str, Path], block_bytes: int) -> None:
+    """As on the way to a GPU: two blocks of host memory, an expert or all of them at a time."""
+    device = torch.device("cpu")
+    for name, folder in folders.items():
+        straight = load_weights(folder, dtype=torch.bfloat16, device=device, shard=Shard())
+        staging = Staging(device, reuse=True, block_bytes=block_bytes)
+        staged = load_weights(folder, dtype=torch.bfloat16, device=device, shard=Shard(), staging=staging)
+        assert staged.fingerprint == straight.fingerprint, name
+        for a, b in zip(staged.weights.layers, straight.weights.layers, strict=True):
+            if isinstance(a.experts, ExpertWeights) and isinstance(b.experts, ExpertWeights):
+                for half in ("gate_up", "down"):
+                    x, y = getattr(a.experts, half), getattr(b.experts, half)
+                    assert torch.equal(x.codes, y.codes) and torch.equal(x.scales, y.scales), name
 
 
 def test_experts_off_the_grid_stay_bf16(tmp_path: Path) -> None:
