@@ -9,8 +9,8 @@ floor    every tensor of every shard to the device, by safetensors. The yardstic
 start    imports; build_engine (weights, pages); the first token of 16 of prompt. Twice: the first fills Triton's cache
 
 Bar: loading and the first token, kernels compiled before, at most 1.5 times the floor. Imports are shown and belong to
-neither. Random codes say nothing sensible; the first token must only be one. On a CPU safetensors maps the files without
-reading them: --device cpu only tries the command.
+neither. Random codes say nothing sensible; the first token must only be one. On a CPU safetensors maps files unread:
+--device cpu only tries the command.
 """
 
 import argparse
