@@ -6,6 +6,7 @@ Every arm (another drafter, another target, another window) has the same prompts
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -233,8 +234,9 @@ def sampled(job: Job, opened: Opened) -> Distribution | None:
 
 
 def target_facts(loaded: LoadedModel) -> dict[str, Any]:
-    quantised = getattr(loaded.config, "quantization_config", None)
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+    # The files' own word: what was loaded is expanded, and its configuration names no quantisation any more.
+    quantised = json.loads((loaded.folder / "config.json").read_text()).get("quantization_config") or {}
+    method = " ".join(filter(None, (quantised.get("quant_method"), quantised.get("format"))))
     return {
         "folder": str(loaded.folder), "model_type": loaded.config.model_type, "fingerprint": fingerprint(loaded.model),
         "dtype": dtype_name(loaded.model), "stored_quantisation": method or "none",

@@ -21,9 +21,11 @@ from core.models.dflash import Drafter, init_drafter
 from core.models.dflash_config import DFlashConfig
 from core.models.dflash_io import save_drafter, target_identity
 from core.models.fingerprint import fingerprint
+from core.models.load import load_model
 from core.train.tokenizer import train_tokenizer
 from draft_training.acceptance import COMMAND, main, overrides
 from draft_training.acceptance_report import Arm, Found, as_json, summarise
+from draft_training.acceptance_run import target_facts
 from draft_training.acceptance_text import latency_text, report_text
 from draft_training.controls import OracleProposer, RandomProposer
 from draft_training.distribution import (
@@ -42,6 +44,7 @@ from draft_training.latency import Clock, TimedProposer, TimedTarget, latency
 from draft_training.measure import decode, log_of, plain_text, same_text, served, teacher_forced
 from draft_training.replay import Replayed, rounds_along
 from draft_training.round_graph import Graphed, fixed_round
+from tests.convert_cases import checkpoint, exported
 from tests.eagle_cases import eagle_of
 
 VOCABULARY = 100
@@ -406,6 +409,15 @@ def first_of(seen: object) -> tuple:
 
 
 # the command
+
+
+def test_a_report_says_how_the_target_is_stored(tmp_path: Path) -> None:
+    """Loaded, a packed folder and a plain one are the same model."""
+    plain = checkpoint(tmp_path / "plain", "qwen3_moe")
+    packed = exported(plain, "hf", tmp_path / "packed")
+    facts = [target_facts(load_model(folder)) for folder in (plain, packed)]
+    assert [f["stored_quantisation"] for f in facts] == ["none", "compressed-tensors mxfp4-pack-quantized"]
+    assert facts[0]["fingerprint"] == facts[1]["fingerprint"]
 
 
 def save(drafter: Drafter, folder: Path, model: LlamaForCausalLM) -> Path:
