@@ -96,8 +96,6 @@ def write_model(folder: Path, gigabytes: float) -> None:
         num_key_value_heads=4, head_dim=128, decoder_sparse_step=1, max_position_embeddings=4096, dtype="bfloat16",
         architectures=["Qwen3MoeForCausalLM"],
     )  # fmt: skip
-    text = config.to_dict() | {"quantization_config": SCHEME}
-    (folder / "config.json").write_text(json.dumps(text, indent=1, default=str))
     writer = ShardWriter(folder, SHARD_BYTES)
     noise = torch.Generator().manual_seed(0)
 
@@ -125,6 +123,8 @@ def write_model(folder: Path, gigabytes: float) -> None:
     dense("model.norm.weight", HIDDEN)
     dense("lm_head.weight", VOCABULARY, HIDDEN)
     writer.finish()
+    text = config.to_dict() | {"quantization_config": SCHEME}  # last: a folder that has it is whole
+    (folder / "config.json").write_text(json.dumps(text, indent=1, default=str))
 
 
 def child(script: str, folder: Path, device: str) -> dict[str, float]:
@@ -156,7 +156,8 @@ def measure(folder: Path, device: str) -> dict[str, Any]:
     for name, one in (("first start", first), ("start", again)):
         print(f"{name:12}imports {one['imports_s']:.1f} s, load {one['load_s']:.2f} s, "
               f"first token {one['first_token_s']:.2f} s")  # fmt: skip
-    print(f"load and first token over the floor: {ratio:.2f}, bar {BAR}: {'met' if ratio <= BAR else 'missed'}")
+    verdict = f"bar {BAR}: {'met' if ratio <= BAR else 'missed'}" if device == "cuda" else "no verdict on a CPU"
+    print(f"load and first token over the floor: {ratio:.2f}, {verdict}")
     return found
 
 
@@ -173,11 +174,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.dir or Path(scratch)
         if not (folder / "config.json").exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_model(folder, options.gb)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_model(folder, options.gb)
+            except OSError as error:
+                print(f"benchmarks.start: cannot write the model into {folder}: {error.strerror}", file=sys.stderr)
+                return 2
         found = measure(folder, options.device)
     publish("start", found, options.json)
-    return 0 if found["ratio"] <= BAR else 1
+    return 0 if options.device == "cpu" or found["ratio"] <= BAR else 1
 
 
 if __name__ == "__main__":

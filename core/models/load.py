@@ -182,7 +182,7 @@ def load_tokenizer(folder: Path) -> Any | None:
     """The folder's tokenizer, or None when it has none.
 
     Raises:
-        CheckpointError: its files are damaged.
+        CheckpointError: it cannot be loaded: damaged files, or a library that it needs is missing.
     """
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         return None
@@ -190,7 +190,9 @@ def load_tokenizer(folder: Path) -> Any | None:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # tokenizers raises plain exceptions
         said = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise CheckpointError(f"{folder}: its tokenizer is damaged ({said}); copy the base model's there") from error
+        raise CheckpointError(
+            f"{folder}: its tokenizer cannot be loaded ({said}); if damaged, copy the base's"
+        ) from error
 
 
 def save_model(

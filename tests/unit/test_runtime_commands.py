@@ -103,7 +103,7 @@ def test_generate_of_many_prompts(made: Folders, tmp_path: Path, capsys: pytest.
         (["--model", "MODEL", "--out", "/nowhere/x.jsonl", "x"], "--out /nowhere/x.jsonl: expected a file"),
         (["--model", "MODEL", "--kv-tokens", "1000000000000", "x"], "out of memory: lower --kv-tokens"),
         (["--model", "DAMAGED generation_config.json", "x"], "generation_config.json cannot be read"),
-        (["--model", "DAMAGED tokenizer.json", "x"], "its tokenizer is damaged"),
+        (["--model", "DAMAGED tokenizer.json", "x"], "its tokenizer cannot be loaded"),
     ],
 )
 def test_mistakes_end_in_one_line(
