@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,16 @@ class Opened:
     """A drafter bound to one target model.
 
     taps: target layers it reads. drafts: K. facts: what a report states of it. proposer: a fresh one for a Target with
-    these taps. replayed: drafts along texts; None where this kind cannot. windowed: the same weights with another
-    window; None where this kind has none. made_for_this: whether drafter.json names this target (None: it names none).
+    these taps; `candidates`: how many of a slot it reports, for the log. replayed: drafts along texts; None where this
+    kind cannot. windowed: the same weights with another window; None where this kind has none. made_for_this: whether
+    drafter.json names this target (None: it names none).
     """
 
     name: str
     taps: tuple[int, ...]
     drafts: int
     facts: dict[str, Any]
-    proposer: Callable[[Target], Proposer]
+    proposer: Callable[..., Proposer]
     replayed: Callable[[Target, Texts], Iterator[Replayed]] | None = None
     windowed: Callable[[int], "Opened"] | None = None
     made_for_this: bool | None = field(default=None)
@@ -116,9 +118,8 @@ def dflash(name: str, drafter: Drafter, model: nn.Module, row_tokens: int = 4096
     facts = {"kind": "dflash", "B": config.block_size, "K": config.drafts, "window": config.window,
              "layer_types": list(config.layer_types), "causal": config.causal, "taps": list(config.taps),
              "selector_top_k": config.selector_top_k, "dtype": dtype_name(drafter)}  # fmt: skip
-    return Opened(
-        name, config.taps, config.drafts, facts, lambda target: DFlashProposer(drafter, target), replayed, windowed
-    )
+    proposer = partial(DFlashProposer, drafter)
+    return Opened(name, config.taps, config.drafts, facts, proposer, replayed, windowed)
 
 
 def open_eagle(folder: Path, model: nn.Module, row_tokens: int, anchors: int) -> Opened:
@@ -145,9 +146,8 @@ def eagle(name: str, drafter: EagleDrafter, model: nn.Module, row_tokens: int = 
 
     facts = {"kind": "eagle", "K": config.drafts, "taps": list(config.taps), "dtype": dtype_name(drafter)}
     facts |= {"window": config.window} if config.window else {}
-    return Opened(
-        name, config.taps, config.drafts, facts, lambda target: EagleProposer(drafter, target), replayed, windowed
-    )
+    proposer = partial(EagleProposer, drafter)
+    return Opened(name, config.taps, config.drafts, facts, proposer, replayed, windowed)
 
 
 KINDS: dict[str, Callable[[Path, nn.Module, int, int], Opened]] = {DFLASH: open_dflash, EAGLE: open_eagle}

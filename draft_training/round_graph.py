@@ -68,7 +68,7 @@ def fixed_round(model: nn.Module, opened: Opened | None, prompts: Iterable[Promp
 
     if opened is None:
         return Fixed(None, verify)
-    proposer = opened.proposer(target)
+    proposer = opened.proposer(target, candidates=1)  # more are for the log, and a selection costs a chain K times
     proposer.start(1, used)
     proposer.extend(ids[:, :context], before, place[:, :context], context)
     features = target.step(block, position, cache, used)[1]

@@ -15,7 +15,7 @@ from core.generate.interface import Draft
 from core.generate.sampling import Sampling, draw, probabilities
 from core.generate.slots import SlotCache
 from core.generate.target import Target
-from core.models.dflash import Drafter
+from core.models.dflash import Drafter, Selector
 from core.models.dflash_mask import additive, decoding
 
 CANDIDATES = 16
@@ -33,9 +33,12 @@ class Walked:
 
 def argmax_slots(logits: Tensor, count: int) -> Walked:
     """Every slot's best token, its probability and `count` candidates, from logits [..., V]; drawn without chance."""
-    best = logits.to(torch.float32).topk(count, dim=-1)
-    probability = (best.values[..., 0] - logits.to(torch.float32).logsumexp(-1)).exp()
-    return Walked(best.indices[..., 0], probability, None, best.indices)
+    logits = logits.to(torch.float32)
+    if count == 1:  # cheaper than a selection
+        top, token = logits.max(-1, keepdim=True)
+    else:
+        top, token = logits.topk(count, dim=-1)
+    return Walked(token[..., 0], (top[..., 0] - logits.logsumexp(-1)).exp(), None, token)
 
 
 def refuse_other_target(vocab: int, hidden: int, target: Target) -> None:
@@ -59,45 +62,56 @@ class Ends(Protocol):
 
 def walk(
     drafter: Drafter, target: Ends, hidden_RKG: Tensor, anchor_R: Tensor, sampling: Sampling,
-    noise: torch.Generator | None,
+    noise: torch.Generator | None, candidates: int = CANDIDATES,
 ) -> Walked:  # fmt: skip
     """Hidden states of the slots -> drafts. Without a selector every slot is decided by itself.
 
     Slots of a plain drafter are marginals: drawing each by chance loses what holds them together, so they are the
     argmax at any temperature. The selector's walk is a chain of conditionals and is drawn where the target is.
+    `candidates`: that a drafter without a selector reports, for the log.
     """
     logits = target.head(hidden_RKG)
-    count = drafter.config.selector_top_k or min(CANDIDATES, logits.shape[-1])
     if drafter.selector is None:
-        return argmax_slots(logits, count)
-    best = logits.to(torch.float32).topk(count, dim=-1)
-    selector, before = drafter.selector, target.embedding(anchor_R)
-    right = selector.right(target.embedding(best.indices))
-    tokens, chances, dense = [], [], []
+        return argmax_slots(logits, min(candidates, logits.shape[-1]))
+    best = logits.to(torch.float32).topk(drafter.config.selector_top_k, dim=-1)
+    score_RKCC = pair_scores(drafter.selector, target, hidden_RKG, anchor_R, best.values, best.indices)
+    row = torch.arange(len(anchor_R), device=anchor_R.device)
+    at, found, scores = torch.zeros_like(row), [], []
     for slot in range(hidden_RKG.shape[1]):
-        left = selector.left(before, hidden_RKG[:, slot])
-        score = best.values[:, slot] + (right[:, slot] @ left[..., None])[..., 0].to(torch.float32)
+        scores.append(score_RKCC[row, slot, at])
         if sampling.greedy or noise is None:
-            picked, prob = score.argmax(-1), score.softmax(-1)
+            at = scores[-1].argmax(-1)
         else:
-            prob = probabilities(score, Sampling(temperature=sampling.temperature))
-            picked = draw(prob, noise)
-            dense.append(torch.zeros_like(logits[:, slot], dtype=torch.float32).scatter(1, best.indices[:, slot], prob))
-        chances.append(prob.gather(1, picked[:, None])[:, 0])
-        tokens.append(best.indices[:, slot].gather(1, picked[:, None])[:, 0])
-        before = target.embedding(tokens[-1])
-    stacked = torch.stack(tokens, 1), torch.stack(chances, 1)
-    return Walked(*stacked, torch.stack(dense, 1) if dense else None, best.indices)
+            at = draw(probabilities(scores[-1], Sampling(temperature=sampling.temperature)), noise)
+        found.append(at)
+    picked, score_RKC = torch.stack(found, 1)[..., None], torch.stack(scores, 1)
+    tokens = best.indices.gather(2, picked)[..., 0]
+    if sampling.greedy or noise is None:
+        return Walked(tokens, score_RKC.softmax(-1).gather(2, picked)[..., 0], None, best.indices)
+    prob = probabilities(score_RKC, Sampling(temperature=sampling.temperature))
+    q = torch.zeros_like(logits, dtype=torch.float32).scatter(2, best.indices, prob)
+    return Walked(tokens, prob.gather(2, picked)[..., 0], q, best.indices)
+
+
+def pair_scores(
+    selector: Selector, target: Ends, hidden_RKG: Tensor, anchor_R: Tensor, value_RKC: Tensor, id_RKC: Tensor
+) -> Tensor:
+    """FP32 [R, K, C, C]: of every candidate (last) behind every candidate of the slot before; behind the anchor at the
+    first slot, C times. All at once, so that the walk itself only looks them up."""
+    first = anchor_R[:, None, None].expand(-1, 1, id_RKC.shape[2])
+    before = target.embedding(torch.cat((first, id_RKC[:, :-1]), 1))
+    left, right = selector.left(before, hidden_RKG[:, :, None]), selector.right(target.embedding(id_RKC))
+    return value_RKC[:, :, None] + (left @ right.transpose(2, 3)).to(torch.float32)
 
 
 class DFlashProposer:
-    """Keeps the whole context; the mask applies the window."""
+    """Keeps the whole context; the mask applies the window. `candidates`: reported without a selector, for the log."""
 
-    def __init__(self, drafter: Drafter, target: Target) -> None:
+    def __init__(self, drafter: Drafter, target: Target, candidates: int = CANDIDATES) -> None:
         config = drafter.config
         refuse_other_target(config.vocab_size, config.hidden_size, target)
         self.drafter, self.target = drafter, target
-        self.taps, self.drafts = config.taps, config.drafts
+        self.taps, self.drafts, self.candidates = config.taps, config.drafts, candidates
 
     def start(self, rows: int, slots: int) -> None:
         self.cache = SlotCache(rows, slots)
@@ -119,7 +133,8 @@ class DFlashProposer:
 
     @torch.no_grad()
     def propose(self, anchor_R: Tensor, position_R: Tensor, sampling: Sampling, noise: torch.Generator) -> Draft:
-        found = walk(self.drafter, self.target, self.hidden(anchor_R, position_R), anchor_R, sampling, noise)
+        hidden = self.hidden(anchor_R, position_R)
+        found = walk(self.drafter, self.target, hidden, anchor_R, sampling, noise, self.candidates)
         return Draft(found.tokens, found.q, found.probability, found.candidates)
 
     def keep(self, rows: Tensor) -> None:

@@ -20,13 +20,14 @@ from core.models.eagle import EagleDrafter
 
 
 class EagleProposer:
-    """Keeps the whole context, and the fused features of it; the mask applies the window."""
+    """Keeps the whole context, and the fused features of it; the mask applies the window. `candidates`: reported of
+    every slot, for the log."""
 
-    def __init__(self, drafter: EagleDrafter, target: Target) -> None:
+    def __init__(self, drafter: EagleDrafter, target: Target, candidates: int = CANDIDATES) -> None:
         config = drafter.config
         refuse_other_target(config.vocab_size, config.hidden_size, target)
         self.drafter, self.target = drafter, target
-        self.taps, self.drafts = config.taps, config.drafts
+        self.taps, self.drafts, self.candidates = config.taps, config.drafts, candidates
 
     def start(self, rows: int, slots: int) -> None:
         self.cache, self.used = SlotCache(rows, slots), 0
@@ -60,7 +61,7 @@ class EagleProposer:
             embed = self.target.embedding(token)[:, None]
             hidden = self.drafter(embed, hidden, place, lambda k, v: self.cache.update(k, v, 0), mask)
             logits = self.target.head(self.drafter.norm(hidden[:, 0]))
-            found.append(argmax_slots(logits, min(CANDIDATES, logits.shape[-1])))
+            found.append(argmax_slots(logits, min(self.candidates, logits.shape[-1])))
             token = found[-1].tokens
         return Draft(
             torch.stack([f.tokens for f in found], 1),
