@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.follow import follow
 from kernels.sampling.kernel import LAUNCH, TILE, kept, noise, share, tile_of, token_of, weigh
 from kernels.sampling.reference import ACCEPT, RESIDUAL, SAMPLE, Params
 
@@ -38,6 +39,7 @@ def taken_of(drafts, q, slot, total, index, size, GIVEN: tl.constexpr):
 def judge_kernel(drafts, q, logits, peaks, edges, temperatures, sums, seeds, positions, drafted, accepted,
                  stride, size, sites, tiles, PER: tl.constexpr, TILES: tl.constexpr, GIVEN: tl.constexpr):  # fmt: skip
     """accepted int32 [R]."""
+    follow()
     row, n = tl.program_id(0), tl.arange(0, TILES)
     seed, position = tl.load(seeds + row), tl.load(positions + row)
     count = tl.minimum(tl.load(drafted + row), PER - 1)
@@ -70,6 +72,7 @@ def rest_of(drafts, q, logits, peaks, edges, temperatures, row, slot, total, ind
 def rest_kernel(drafts, q, logits, peaks, edges, temperatures, sums, drafted, accepted, rests, stride, size, sites,
                 PER: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, GIVEN: tl.constexpr):  # fmt: skip
     """rests int64 [R, N]."""
+    follow()
     row, tile, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     n, index_T = tl.arange(0, TILES), tile * TILE + tl.arange(0, TILE)
     slot = tl.load(accepted + row)
@@ -87,6 +90,7 @@ def choose_kernel(drafts, q, logits, peaks, edges, temperatures, sums, seeds, po
                   stride, size, sites, tiles, PER: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
                   GIVEN: tl.constexpr):  # fmt: skip
     """out int64 [R]."""
+    follow()
     row, n = tl.program_id(0), tl.arange(0, TILES)
     slot = tl.load(accepted + row)
     rejected = slot < tl.minimum(tl.load(drafted + row), PER - 1)

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.bf16 import INTERPRETED, operand, rounded
+from kernels.follow import follow, followed
 
 BLOCK_K = 128
 
@@ -60,6 +61,7 @@ def tile_of(count: int, outputs: int, dtype: torch.dtype) -> Tile:
 def linear_kernel(x, weight, bias, out, tokens, N: tl.constexpr, K: tl.constexpr, TILE_T: tl.constexpr,
                   TILE_N: tl.constexpr, TILE_K: tl.constexpr, BIAS: tl.constexpr):  # fmt: skip
     """out [T, N] = round(x [T, K] @ weight [N, K].T + bias)."""
+    follow()
     tiles = tl.cdiv(tokens, TILE_T)
     row_T = (tl.program_id(0) % tiles) * TILE_T + tl.arange(0, TILE_T)
     column_N = (tl.program_id(0) // tiles) * TILE_N + tl.arange(0, TILE_N)
@@ -91,7 +93,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtyp
             linear_kernel[grid](
                 x, weight, weight if bias is None else bias, out, count,
                 N=outputs, K=inputs, TILE_T=tile.tokens, TILE_N=tile.outputs, TILE_K=BLOCK_K, BIAS=bias is not None,
-                num_warps=NUM_WARPS, num_stages=tile.num_stages,
+                num_warps=NUM_WARPS, num_stages=tile.num_stages, **followed(grid),
             )  # fmt: skip
     return out
 

@@ -39,6 +39,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.follow import FOLLOW, follow, followed
 from kernels.moe_mxfp4.prepare import BLOCK_K, ROUTED, padded, place, prepare, prepare_kernel
 from kernels.moe_mxfp4.routing import Table
 from kernels.moe_mxfp4.weights import Activation, ExpertWeights
@@ -203,6 +204,7 @@ def gate_up_kernel(x, codes, scales, bias, out, order, expert, first, count, alp
                    CLAMPED: tl.constexpr, PLACED: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
                    STEP: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """out[pair] = act(gate, up) for R/2 of the columns; rows alternate gate and up, so that both meet here."""
+    follow()
     item = tl.program_id(0)
     e, start, number = tl.load(expert + item).to(tl.int64), tl.load(first + item), tl.load(count + item)
     if e < 0:
@@ -235,6 +237,7 @@ def down_kernel(h, codes, scales, bias, weight, out, order, expert, first, count
                 WIDTH: tl.constexpr, H_ROW: tl.constexpr, R: tl.constexpr, P: tl.constexpr, STEP: tl.constexpr,
                 STAGES: tl.constexpr):  # fmt: skip
     """out[pair] = weight[pair] * (down h[pair] + bias) in FP32, for R of the columns."""
+    follow()
     item = tl.program_id(0)
     e, start, number = tl.load(expert + item).to(tl.int64), tl.load(first + item), tl.load(count + item)
     if e < 0:
@@ -256,6 +259,7 @@ def down_kernel(h, codes, scales, bias, weight, out, order, expert, first, count
 @triton.jit
 def combine_kernel(part, chosen, out, SLOTS: tl.constexpr, HIDDEN: tl.constexpr, C: tl.constexpr):
     """out[token] = the sum of its slots in order; a slot with a negative id was never written and is not read."""
+    follow()
     token = tl.program_id(0).to(tl.int64)
     column_C = tl.program_id(1) * C + tl.arange(0, C)
     total_C = tl.zeros((C,), tl.float32)
@@ -286,22 +290,23 @@ def tiles_for(pairs: int, weights: ExpertWeights) -> tuple[Tile, Tile]:
 def first_half(x: Tensor, weights: ExpertWeights, table: Table, slots: int, activation: Activation, tile: Tile,
                out: Tensor, placed: bool) -> None:  # fmt: skip
     """Write h of every pair of `table` into `out` [S, ...], in the weights' order if `placed`."""
-    columns = tile.rows // 2
-    gate_up_kernel[(len(table.expert), triton.cdiv(weights.intermediate, columns))](
+    grid = (len(table.expert), triton.cdiv(weights.intermediate, tile.rows // 2))
+    gate_up_kernel[grid](
         x, weights.gate_up.codes.view(torch.int32), weights.gate_up.scales, weights.gate_up_bias, out,
         table.order, table.expert, table.first, table.count, activation.alpha, activation.limit,
         HIDDEN=weights.hidden, WIDTH=weights.intermediate, X_ROW=x.shape[-1], OUT_ROW=out.shape[-1], SLOTS=slots,
-        CLAMPED=activation.kind == "clamped", PLACED=placed, **tile_options(tile),
+        CLAMPED=activation.kind == "clamped", PLACED=placed, **tile_options(tile), **followed(grid),
     )  # fmt: skip
 
 
 def second_half(h: Tensor, weights: ExpertWeights, table: Table, weight: Tensor, tile: Tile) -> Tensor:
     """FP32 [S, H] from h [S, ...] in the weights' order; rows of pairs without an expert are not written."""
     part = torch.empty(len(h), weights.hidden, dtype=torch.float32, device=h.device)
-    down_kernel[(len(table.expert), triton.cdiv(weights.hidden, tile.rows))](
+    grid = (len(table.expert), triton.cdiv(weights.hidden, tile.rows))
+    down_kernel[grid](
         h, weights.down.codes.view(torch.int32), weights.down.scales, weights.down_bias, weight, part,
         table.order, table.expert, table.first, table.count,
-        HIDDEN=weights.hidden, WIDTH=weights.intermediate, H_ROW=h.shape[-1], **tile_options(tile),
+        HIDDEN=weights.hidden, WIDTH=weights.intermediate, H_ROW=h.shape[-1], **tile_options(tile), **followed(grid),
     )  # fmt: skip
     return part
 
@@ -311,7 +316,7 @@ def combine(part: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:
     (tokens, slots), hidden = chosen.shape, part.shape[1]
     out = torch.empty(tokens, hidden, dtype=dtype, device=part.device)
     grid = (tokens, triton.cdiv(hidden, COMBINED))
-    combine_kernel[grid](part, chosen, out, SLOTS=slots, HIDDEN=hidden, C=COMBINED, num_warps=4)
+    combine_kernel[grid](part, chosen, out, SLOTS=slots, HIDDEN=hidden, C=COMBINED, num_warps=4, **FOLLOW)
     return out
 
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.follow import FOLLOW, follow
 from kernels.moe_mxfp4.routing import Table, empty_table, sort_pairs
 
 BLOCK_K = 256
@@ -51,6 +52,7 @@ def route(chosen, order, expert, first, count, S, G, TILE: tl.constexpr, S_PAD: 
 def prepare_kernel(x, out, chosen, order, expert, first, count, S, G, K: tl.constexpr, OUT_ROW: tl.constexpr,
                    STEP: tl.constexpr, TILE: tl.constexpr, S_PAD: tl.constexpr, CHUNK: tl.constexpr):  # fmt: skip
     """One step of a row of x into the weights' order; with S_PAD, the last program routes instead."""
+    follow()
     steps: tl.constexpr = OUT_ROW // STEP
     program = tl.program_id(0)
     if S_PAD > 0 and program == tl.num_programs(0) - 1:
@@ -80,6 +82,6 @@ def prepare(x_RK: Tensor, chosen: Tensor, experts: int, tile: int) -> tuple[Tens
     prepare_kernel[(rows * (padded(k) // BLOCK_K) + routed,)](
         x_RK, out, chosen, table.order, table.expert, table.first, table.count, pairs, len(table.expert),
         K=k, OUT_ROW=padded(k), STEP=BLOCK_K, TILE=tile, S_PAD=size,
-        CHUNK=min(size, 32), num_warps=max(4, size // 32),
+        CHUNK=min(size, 32), num_warps=max(4, size // 32), **FOLLOW,
     )  # fmt: skip
     return out, table

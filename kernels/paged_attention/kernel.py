@@ -37,6 +37,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from kernels.follow import follow
+
 TILE = 32  # keys of a tile, and value dims of a chunk
 PIECE_BITS = 8  # the smallest piece is 2^8 keys
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -151,6 +153,7 @@ def attention_kernel(
     launch. part [requests x KH, pieces, row_limit, V] and stat [.., 2, row_limit] receive a piece's sums, maximum and
     weight.
     """
+    follow()
     G: tl.constexpr = H // KH
     request = tl.program_id(1) // KH
     kv_head = tl.program_id(1) % KH
@@ -288,6 +291,7 @@ def merge_kernel(
 
     AHEAD pieces are loaded at once; those that the row does not see add zeros.
     """
+    follow()
     G: tl.constexpr = H // KH
     row = tl.program_id(0)
     request = tl.program_id(1) // KH

@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.follow import FOLLOW, followed
 from kernels.paged_attention.kernel import (
     LOG2E,
     PIECE_BITS,
@@ -87,7 +88,7 @@ def launch(problem: Problem, out: Tensor, scratch: tuple[Tensor, Tensor], shape:
     attention_kernel[grid](
         q, k, v, out, *scratch, sinks, batch.page_table, batch.length, batch.start, problem.scale, len(q),
         len(batch.length), batch.page_table.shape[1], rows, **problem.constants, ROWS=shape.rows,
-        STAGES=shape.num_stages, num_warps=shape.num_warps, **ROUNDING, **constants,
+        STAGES=shape.num_stages, num_warps=shape.num_warps, **ROUNDING, **followed(grid), **constants,
     )  # fmt: skip
 
 
@@ -113,7 +114,7 @@ def split(problem: Problem, out: Tensor, clear: bool) -> None:
     merge_kernel[(rows, problem.lanes + constants["KH"], constants["CHUNKS"])](
         part, stat, out, problem.tensors[3], problem.batch.length, problem.batch.start, len(out),
         len(problem.batch.length), pieces, rows, **{name: constants[name] for name in names}, MOST=FEW, CLEAR=clear,
-        PIECES=triton.next_power_of_2(pieces), num_warps=1, **ROUNDING,
+        PIECES=triton.next_power_of_2(pieces), num_warps=1, **ROUNDING, **FOLLOW,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.bf16 import rounded
+from kernels.follow import FOLLOW, follow
 from kernels.linear import kernel as linear_kernel
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ def place_kernel(qkv, cos, sin, position, slot, q_norm, k_norm, q, k_cache, v_ca
                  H: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, V: tl.constexpr, ROTARY: tl.constexpr,
                  BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, Q_NORM: tl.constexpr, K_NORM: tl.constexpr):  # fmt: skip
     """Program (token, head): heads 0 .. H - 1 are queries, then KH keys, then KH values."""
+    follow()
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     DTYPE: tl.constexpr = q.dtype.element_ty
     start = qkv + token * ((H + KH) * D + KH * V)
@@ -92,6 +94,7 @@ def place_kernel(qkv, cos, sin, position, slot, q_norm, k_norm, q, k_cache, v_ca
 def write_kernel(k, v, slot, k_cache, v_cache, slots, K_SIZE: tl.constexpr, V_SIZE: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
     """Program (token, part of its values): copy k and v of all heads to the token's slot."""
+    follow()
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     target = tl.load(slot + token).to(tl.int64)
@@ -128,7 +131,7 @@ def qkv_rope(
             place_kernel[(len(x), heads.heads + 2 * heads.kv_heads)](
                 qkv, cos, sin, position, slot, cos if q_norm is None else q_norm, cos if k_norm is None else k_norm,
                 q, k_cache, v_cache, len(cos), k_cache.shape[0] * k_cache.shape[1], heads.eps, heads.value_scale,
-                **constants(heads, q_norm is not None, k_norm is not None), num_warps=1,
+                **constants(heads, q_norm is not None, k_norm is not None), num_warps=1, **FOLLOW,
             )  # fmt: skip
     return q
 
@@ -139,7 +142,7 @@ def write_kv(k: Tensor, v: Tensor, slot: Tensor, k_cache: Tensor, v_cache: Tenso
         with torch.cuda.device_of(k):
             write_kernel[(len(k), triton.cdiv(max(sizes), COPIED))](
                 k, v, slot, k_cache, v_cache, k_cache.shape[0] * k_cache.shape[1],
-                K_SIZE=sizes[0], V_SIZE=sizes[1], BLOCK=COPIED,
+                K_SIZE=sizes[0], V_SIZE=sizes[1], BLOCK=COPIED, **FOLLOW,
             )  # fmt: skip
 
 

@@ -15,11 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.bf16 import rounded
+from kernels.follow import FOLLOW, follow
 
 
 @triton.jit
 def norm_kernel(x, residual, weight, y, summed, eps, G: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr):
     """y = weight * round(s / rms(s)); with ADD, s = round(x + residual) is stored too."""
+    follow()
     start = tl.program_id(0).to(tl.int64) * G
     column_G = tl.arange(0, BLOCK)
     here_G = column_G < G
@@ -51,7 +53,7 @@ def launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tu
         with torch.cuda.device_of(x):
             norm_kernel[(count,)](
                 x, x if residual is None else residual, weight, y, summed, eps,
-                G=size, BLOCK=block, ADD=residual is not None, num_warps=warps(block),
+                G=size, BLOCK=block, ADD=residual is not None, num_warps=warps(block), **FOLLOW,
             )  # fmt: skip
     return y, summed
 

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.follow import FOLLOW, follow
+
 if TYPE_CHECKING:
     from kernels.router import Rule
 
@@ -62,6 +64,7 @@ def route_kernel(logits, bias, chosen, weight, scaling, KIND: tl.constexpr, TOP_
                  SIZE: tl.constexpr, TOP_GROUPS: tl.constexpr, NORMALISE: tl.constexpr, BIAS: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """One token: its TOP_K experts and their weights."""
+    follow()
     token = tl.program_id(0).to(tl.int64)
     group_M1, place_1S = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_S)[None, :]
     index_MS = group_M1 * SIZE + place_1S
@@ -119,7 +122,7 @@ def route(logits: Tensor, rule: "Rule", bias: Tensor | None) -> tuple[Tensor, Te
         with torch.cuda.device_of(logits):
             route_kernel[(count,)](
                 logits, logits if bias is None else bias, chosen, weight, rule.scaling,
-                **constants(rule, experts, bias is not None), num_warps=1,
+                **constants(rule, experts, bias is not None), num_warps=1, **FOLLOW,
             )  # fmt: skip
     return chosen, weight
 

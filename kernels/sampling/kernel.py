@@ -25,12 +25,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.follow import FOLLOW, follow
 from kernels.sampling import reference
 from kernels.sampling.reference import Params
 
 TILE = 4096
 DIGITS = 16
-LAUNCH = {"num_warps": 8, "enable_fp_fusion": False}
+LAUNCH = {"num_warps": 8, "enable_fp_fusion": False} | FOLLOW
 
 ONE = tl.constexpr(1 << reference.WEIGHT_BITS)
 TOP_EXPONENT = tl.constexpr(127 + reference.WEIGHT_BITS)
@@ -107,6 +108,7 @@ def kept(logits, stride, size, peaks, edges, temperatures, site, index, sites, t
 @triton.jit
 def peak_kernel(logits, peaks, stride, size, sites, TILE: tl.constexpr):
     """peaks int32 [2, R, N]: each tile's largest key and the first token that has it."""
+    follow()
     site, n, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     index_T = n * TILE + tl.arange(0, TILE)
     row = logits + site.to(tl.int64) * stride
@@ -160,6 +162,7 @@ def narrow_kernel(logits, peaks, edges, states, bins, temperatures, top_ps, top_
                   MASS: tl.constexpr, PER: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
                   DIGITS: tl.constexpr):  # fmt: skip
     """Digit `step` of an edge, from the top: bins of this tile, and (tile 0) the state that they continue."""
+    follow()
     site, n, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     active, need = need_of(top_ks, top_ps, temperatures, site // PER, size, MASS)
     if active:
@@ -192,6 +195,7 @@ def narrow_kernel(logits, peaks, edges, states, bins, temperatures, top_ps, top_
 def edge_kernel(edges, states, bins, temperatures, top_ps, top_ks, size, sites, tiles, STEPS: tl.constexpr,
                 MASS: tl.constexpr, PER: tl.constexpr, TILES: tl.constexpr, DIGITS: tl.constexpr):  # fmt: skip
     """edges int32 [2, R]: the least key that top-k (0) and top-p (1) keep; stays the lowest where a row has no cut."""
+    follow()
     site = tl.program_id(0)
     active, need = need_of(top_ks, top_ps, temperatures, site // PER, size, MASS)
     if active:
@@ -205,6 +209,7 @@ def edge_kernel(edges, states, bins, temperatures, top_ps, top_ks, size, sites, 
 def mass_kernel(logits, peaks, edges, temperatures, sums, stride, size, sites,
                 PER: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     """sums int64 [R, N]."""
+    follow()
     site, n, tiles = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     index_T = n * TILE + tl.arange(0, TILE)
     weight_T = kept(logits, stride, size, peaks, edges, temperatures, site, index_T, sites, tiles, PER, TILES)
@@ -232,6 +237,7 @@ def token_of(weight_T, tile, place, total, TILE: tl.constexpr):
 def pick_kernel(logits, peaks, edges, temperatures, sums, seeds, positions, out, stride, size, sites, tiles, stream,
                 TILE: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     """out int64 [R]."""
+    follow()
     site, n = tl.program_id(0), tl.arange(0, TILES)
     word = noise(tl.load(seeds + site), tl.load(positions + site), tl.program_id(0) * 0 + stream)
     sum_N = tl.load(sums + site * tiles + n, mask=n < tiles, other=0)
@@ -245,6 +251,7 @@ def pick_kernel(logits, peaks, edges, temperatures, sums, seeds, positions, out,
 def probability_kernel(logits, peaks, edges, temperatures, sums, out, stride, size, sites,
                        TILE: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     """out FP32 [R, V]: weight over sum, rounded once from FP64; NaN where nothing weighs."""
+    follow()
     site, n, tiles = tl.program_id(0), tl.arange(0, TILES), tl.num_programs(1)
     total = tl.sum(tl.load(sums + site * tiles + n, mask=n < tiles, other=0), axis=0)
     index_T = tl.program_id(1) * TILE + tl.arange(0, TILE)
@@ -256,6 +263,7 @@ def probability_kernel(logits, peaks, edges, temperatures, sums, out, stride, si
 
 @triton.jit
 def uniform_kernel(seeds, positions, out, count, stream, BLOCK: tl.constexpr):
+    follow()
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = index < count
     seed, position = tl.load(seeds + index, mask=inside, other=0), tl.load(positions + index, mask=inside, other=0)
@@ -304,7 +312,7 @@ def weigh(logits: Tensor, params: Params, per: int = 1) -> Weighed:
                 )  # fmt: skip
             edge_kernel[(sites,)](
                 edges, states, bins, *asked, size, sites, tiles,
-                STEPS=steps, MASS=mass, PER=per, TILES=weighed.TILES, DIGITS=DIGITS, num_warps=1,
+                STEPS=steps, MASS=mass, PER=per, TILES=weighed.TILES, DIGITS=DIGITS, num_warps=1, **FOLLOW,
             )  # fmt: skip
     mass_kernel[grid](logits, peaks, edges, params.temperature, sums, *weighed.shape, **shapes, **LAUNCH)
     return weighed
@@ -340,7 +348,9 @@ def uniform(seed: Tensor, position: Tensor, stream: int) -> Tensor:
     out = torch.empty(seed.shape, dtype=torch.float32, device=seed.device)
     if out.numel():
         with torch.cuda.device_of(seed):
-            uniform_kernel[(triton.cdiv(out.numel(), 256),)](seed, position, out, out.numel(), stream, BLOCK=256)
+            uniform_kernel[(triton.cdiv(out.numel(), 256),)](
+                seed, position, out, out.numel(), stream, BLOCK=256, **FOLLOW
+            )
     return out
 
 

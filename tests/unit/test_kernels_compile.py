@@ -4,10 +4,12 @@ Covers kernels.linear, kernels.rms_norm, kernels.qkv_rope, kernels.router and ev
 its launches in `compile_cases()`.
 """
 
+import ast
 import importlib
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,35 @@ def test_norms_and_copies_move_16_bytes_an_access_and_flush_nothing() -> None:
             assert ".ftz" not in ptx, name
             if name.startswith(("rms_norm", "write_kv")):
                 assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx, name
+
+
+STANDALONE = {"mxfp4_snap", "all_reduce"}  # no part of a chain of small kernels; one that waits for other GPUs
+
+
+def test_every_kernel_of_a_step_waits_before_anything_else() -> None:
+    """One that did not could end before its predecessor, and the next would begin on half-written memory."""
+    seen = 0
+    for path in sorted(KERNELS.glob("*/*.py")):
+        if path.parent.name in STANDALONE:
+            continue
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                assert ast.unparse(body[0]) == "follow()", f"{path}: {node.name}"
+                seen += 1
+    assert seen >= 20
+
+
+FOLLOWING = """
+from kernels.rms_norm.kernel import compile_cases
+from tests.unit.test_kernels_compile import compiled
+for name, function, signature, constants, options in compile_cases():
+    ptx = compiled(function, signature, constants, options | {"launch_pdl": True}).asm["ptx"]
+    first = min(ptx.index(word) for word in ("ld.global", "st.global"))
+    assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait") < first, name
+"""
+
+
+def test_nothing_is_read_or_written_before_the_wait() -> None:
+    environment = os.environ | {"FP4FLASH_PDL": "1"}
+    subprocess.run([sys.executable, "-c", FOLLOWING], check=True, env=environment, cwd=KERNELS.parent)
