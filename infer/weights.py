@@ -7,9 +7,8 @@ on the MXFP4 grid (`export --to bf16` of a trained run) are packed without loss;
 Legend: E experts, I inner size, G hidden size, N output rows, K reduction dim.
 """
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,11 +25,11 @@ from core.models.load import plan_reader
 from core.mxfp4 import BLOCK, Packed
 from infer.geometry import Geometry, LayerSpec, geometry_of
 from infer.shard import Shard, columns_of, packed_columns, packed_rows, padded, rows_of
-from infer.staging import Staging
+from infer.staging import Piece, Staging
 from kernels.moe_mxfp4 import DenseWeights, ExpertWeights
 from kernels.mxfp4_snap import decode, encode
 
-READERS = 8  # threads that copy pieces of experts out of the files
+BESIDE = 2  # threads that read a layer's other tensors while its experts are on their way
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,6 @@ class Loader:
     dtype: torch.dtype
     device: torch.device
     staging: Staging
-    readers: ThreadPoolExecutor
     ends: dict[str, Ends] = field(default_factory=dict)
 
     def has(self, name: str) -> bool:
@@ -118,6 +116,7 @@ class Loader:
         return self.place(out)
 
     def layer(self, index: int, spec: LayerSpec) -> LayerWeights:
+        """Without its experts."""
         stem = f"model.layers.{index}"
         given = self.attention(f"{stem}.self_attn", spec)
         given |= self.sparse(f"{stem}.mlp") if spec.sparse else self.dense(f"{stem}.mlp")
@@ -157,17 +156,18 @@ class Loader:
             "down": self.place(columns_of(self.whole(f"{stem}.down_proj.weight"), self.shard)),
         }
 
-    def sparse(self, stem: str) -> dict[str, Tensor | ExpertWeights | DenseWeights | None]:
+    def sparse(self, stem: str) -> dict[str, Tensor | None]:
         router = f"{stem}.{self.geometry.router}"
         return {
             "router": self.place(self.whole(f"{router}.weight")),
             "router_bias": self.optional(f"{router}.bias"),
             "correction": self.optional(f"{router}.e_score_correction_bias", torch.float32),
-            "experts": self.experts(f"{stem}.experts"),
         }
 
     def experts(self, stem: str) -> ExpertWeights | DenseWeights:
-        gate_up, down = self.expert(f"{stem}.gate_up_proj"), self.expert(f"{stem}.down_proj")
+        pieces: list[Piece] = []
+        gate_up, down = (self.expert(f"{stem}.{part}_proj", pieces) for part in ("gate_up", "down"))
+        self.staging.fill(pieces)
         if self.geometry.interleaved:
             gate_up = halves(gate_up)
         up_bias, down_bias = (self.optional(f"{stem}.{n}_proj_bias") for n in ("gate_up", "down"))
@@ -185,11 +185,12 @@ class Loader:
             f"{stem}: gate_up_proj is {kinds[0]} and down_proj is {kinds[1]}; the runtime runs both or neither"
         )
 
-    def expert(self, name: str) -> Packed | Tensor:
-        """[E, N, K] as codes and scales, or dense where values are off the grid; on the device."""
+    def expert(self, name: str, pieces: list[Piece]) -> Packed | Tensor:
+        """[E, N, K] as codes and scales, or dense where values are off the grid; on the device. What `pieces` gets is
+        still to be read into it."""
         recipe = self.reader.plan.recipes[name]
         if self.is_packed(recipe):
-            return self.packed(name, recipe)
+            return self.packed(name, recipe, pieces)
         shape = self.reader.shapes[name]
         dense = torch.empty(shape, dtype=torch.bfloat16)
         self.reader.fill(name, dense)
@@ -203,47 +204,45 @@ class Loader:
             return True
         return all(k in self.reader.plan.scales and self.reader.entry(k).dtype == torch.uint8 for k in recipe.keys)
 
-    def packed(self, name: str, recipe: Recipe) -> Packed:
-        """Codes and scales of all experts, on the device; a few experts at a time pass through the host."""
-        checkpoint = self.reader.checkpoint
+    def packed(self, name: str, recipe: Recipe, pieces: list[Piece]) -> Packed:
+        """Codes and scales of all experts, on the device, and what is to be read into them."""
         if recipe.kind is Kind.gpt_oss:
-            blocks, scales = (checkpoint.read(key) for key in recipe.keys)
-            packed = Packed(blocks.flatten(-2), scales)
-            self.ends[name] = self.packed_ends(name, packed, packed)
-            return Packed(self.place(packed.codes), self.place(packed.scales))
+            return self.packed_gpt_oss(name, recipe, pieces)
         count = len(recipe.keys) // recipe.width
         _, n, k = self.reader.shapes[name]
         widths = (k // 2, k // BLOCK)
-        codes, scales = (torch.empty(count, n, width, dtype=torch.uint8, device=self.device) for width in widths)
-        group = max(1, self.staging.block_bytes // (n * sum(widths)))
-        edges: list[Packed] = []
-        for begin in range(0, count, group):
-            end = min(begin + group, count)
-
-            def read(host: Sequence[Tensor], begin: int = begin, end: int = end) -> None:
-                self.read_experts(recipe, begin, end, Packed(*host))
-                if begin == 0:
-                    edges.append(Packed(*(t[:1].clone() for t in host)))
-                if end == count:
-                    edges.append(Packed(*(t[-1:].clone() for t in host)))
-
-            self.staging.fill((codes[begin:end], scales[begin:end]), read)
+        whole = Packed(*(torch.empty(count, n, width, dtype=torch.uint8, device=self.device) for width in widths))
+        edges = [Packed(*(torch.empty(1, n, width, dtype=torch.uint8) for width in widths)) for _ in range(2)]
+        pieces += self.pieces(recipe, 0, whole)
+        for expert, edge in zip((0, count - 1), edges, strict=True):
+            for piece in self.pieces(recipe, expert, edge):
+                self.reader.checkpoint.read_into(piece.entry.name, piece.out)
         self.ends[name] = self.packed_ends(name, *edges)
-        return Packed(codes, scales)
+        return whole
 
-    def read_experts(self, recipe: Recipe, begin: int, end: int, out: Packed) -> None:
-        """Experts `begin` to `end` into `out` [end - begin, N, ...]; each is `recipe.width` tensors of the files."""
-        checkpoint, scales, width = self.reader.checkpoint, self.reader.plan.scales, recipe.width
-        rows = out.codes.shape[1] // width
+    def packed_gpt_oss(self, name: str, recipe: Recipe, pieces: list[Piece]) -> Packed:
+        """The same, of files that hold all experts in two tensors [E, N, blocks, 16] and [E, N, blocks]."""
+        codes, scales = (self.reader.entry(key) for key in recipe.keys)
+        made = {"dtype": torch.uint8, "device": self.device}
+        whole = Packed(torch.empty(*scales.shape[:2], scales.shape[2] * BLOCK // 2, **made),
+                       torch.empty(*scales.shape, **made))  # fmt: skip
+        pieces += [Piece(codes, whole.codes), Piece(scales, whole.scales)]
+        row, last = self.reader.checkpoint.read_row, scales.shape[0] - 1
+        edges = [Packed(row(codes.name, e).flatten(-2)[None], row(scales.name, e)[None]) for e in (0, last)]
+        self.ends[name] = self.packed_ends(name, *edges)
+        return whole
 
-        def read(number: int) -> None:
-            key = recipe.keys[begin * width + number]
+    def pieces(self, recipe: Recipe, first: int, out: Packed) -> list[Piece]:
+        """What goes into `out` [experts, N, ...], from expert `first` on; each is `recipe.width` pairs of tensors."""
+        entries, scales, width = self.reader.checkpoint.entries, self.reader.plan.scales, recipe.width
+        rows, found = out.codes.shape[1] // width, []
+        for number in range(len(out.codes) * width):
+            key = recipe.keys[first * width + number]
             expert, part = divmod(number, width)
             where = slice(part * rows, (part + 1) * rows)
-            checkpoint.read_into(self.reader.entry(key).name, out.codes[expert, where])
-            checkpoint.read_into(scales[key], out.scales[expert, where])
-
-        list(self.readers.map(read, range((end - begin) * width)))
+            found.append(Piece(self.reader.entry(key), out.codes[expert, where]))
+            found.append(Piece(entries[scales[key]], out.scales[expert, where]))
+        return found
 
     def packed_ends(self, name: str, head: Packed, tail: Packed) -> Ends:
         """Of the expanded values, in the order in which the model holds them; `head` begins with the first expert,
@@ -307,8 +306,7 @@ def load_weights(
     checkpoint = open_checkpoint(folder)
     meta = build_meta(config)
     reader = plan_reader(meta, checkpoint, checkpoint.config.get("model_type", config.model_type))
-    with ThreadPoolExecutor(READERS) as readers:
-        return loaded(Loader(reader, geometry, shard, dtype, device, staging or Staging(device), readers), config, meta)
+    return loaded(Loader(reader, geometry, shard, dtype, device, staging or Staging(device)), config, meta)
 
 
 def loaded(loader: Loader, config: PreTrainedConfig, meta: nn.Module) -> Loaded:
@@ -319,7 +317,19 @@ def loaded(loader: Loader, config: PreTrainedConfig, meta: nn.Module) -> Loaded:
         head = loader.place(padded(loader.whole("lm_head.weight")[first:last], 0, width))
     else:
         head = embedding if shard.world == 1 else padded(embedding[first:last], 0, width)
-    layers = tuple(loader.layer(i, spec) for i, spec in enumerate(geometry.layers))
+    layers = layers_of(loader)
     norm = loader.place(loader.whole("model.norm.weight"))
     named = digest((name, loader.ends[name]) for name, _ in meta.named_parameters())
     return Loaded(Weights(embedding, head, norm, layers), geometry, config, named)
+
+
+def layers_of(loader: Loader) -> tuple[LayerWeights, ...]:
+    """Experts one layer after another, which is a matter of reading; the rest beside them."""
+    specs = loader.geometry.layers
+    beside = ThreadPoolExecutor(BESIDE)
+    try:
+        others = beside.map(loader.layer, range(len(specs)), specs)
+        experts = [loader.experts(f"model.layers.{i}.mlp.experts") if s.sparse else None for i, s in enumerate(specs)]
+        return tuple(replace(layer, experts=own) for layer, own in zip(others, experts, strict=True))
+    finally:
+        beside.shutdown(cancel_futures=True)

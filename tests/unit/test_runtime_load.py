@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeConfig
 
+from core.checkpoint.index import Entry
 from core.errors import CheckpointError, ConfigError, UnsupportedError
 from core.models.fingerprint import fingerprint
 from core.models.load import load_model, save_model
@@ -18,7 +19,7 @@ from infer.geometry import Geometry
 from infer.options import EngineOptions
 from infer.score import scored
 from infer.shard import Shard
-from infer.staging import Staging
+from infer.staging import GAP_BYTES, Piece, Staging, runs_of
 from infer.weights import load_weights
 from kernels.moe_mxfp4 import DenseWeights, ExpertWeights
 from tests import runtime_cases as cases
@@ -77,6 +78,34 @@ def test_weights_that_pass_through_used_memory_are_the_same(folders: dict[str, P
                 for half in ("gate_up", "down"):
                     x, y = getattr(a.experts, half), getattr(b.experts, half)
                     assert torch.equal(x.codes, y.codes) and torch.equal(x.scales, y.scales), name
+
+
+def piece(file: Path, start: int, size: int) -> Piece:
+    return Piece(Entry(f"{file.name}-{start}", torch.uint8, (size,), file, start), torch.empty(size, dtype=torch.uint8))
+
+
+def test_what_lies_together_is_read_together() -> None:
+    """In the order of the files; not across files, wide gaps, or more than a block."""
+    a, b = Path("a"), Path("b")
+    given = [piece(a, 60, 20), piece(b, 0, 10), piece(a, 0, 50), piece(a, 80 + GAP_BYTES + 1, 10), piece(b, 10, 95)]
+    found = [[(p.entry.file, p.entry.start) for p in run] for run in runs_of(given, 100)]
+    assert found == [[(a, 0), (a, 60)], [(a, 80 + GAP_BYTES + 1)], [(b, 0)], [(b, 10)]]
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_a_file_that_ends_early_is_said(tmp_path: Path, reuse: bool) -> None:
+    (tmp_path / "x").write_bytes(bytes(range(100)))
+    staging = Staging(torch.device("cpu"), reuse=reuse)
+    whole = piece(tmp_path / "x", 90, 10)
+    staging.fill([whole])
+    assert whole.out.tolist() == list(range(90, 100))
+    with pytest.raises(CheckpointError, match="truncated"):
+        staging.fill([piece(tmp_path / "x", 90, 11)])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        staging.fill([piece(tmp_path / "none", 0, 1)])
+    short = Piece(whole.entry, torch.empty(9, dtype=torch.uint8))
+    with pytest.raises(CheckpointError, match="different models"):
+        staging.fill([short])
 
 
 def test_experts_off_the_grid_stay_bf16(tmp_path: Path) -> None:
