@@ -211,8 +211,9 @@ def run(options: argparse.Namespace) -> None:
     counts = [max(rows, options.requests) for rows in options.rows]
     prompts = read_prompts(files_of(options.prompts), tokenizer, max(counts), options.prompt_tokens)
     loads = [Load(prompts[:n], rows, options.tokens) for n, rows in zip(counts, options.rows, strict=True)]
-    drafters = [None, Path(options.drafter)] if options.drafter else [None]
+    drafters = [Path(options.drafter), None] if options.drafter else [None]  # a wrong one is said at once
     figures = [progress(measure_engine(options, load, drafter)) for drafter in drafters for load in loads]
+    figures.sort(key=lambda f: f.what)
     missing = dict.fromkeys((GENERATE, CONTINUOUS), "--no-peer")
     if options.peer:
         found, missing = measure_peers(options, loads)

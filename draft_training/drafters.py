@@ -23,6 +23,7 @@ from core.generate.target import Target
 from core.models.dflash import Drafter
 from core.models.dflash_config import MODEL_TYPE as DFLASH
 from core.models.dflash_io import PAIRING, load_drafter, read_pairing
+from core.models.drafters import folder_of
 from core.models.eagle import EagleDrafter
 from core.models.eagle_config import MODEL_TYPE as EAGLE
 from core.models.eagle_io import load_eagle
@@ -60,8 +61,7 @@ def drafter_folder(path: Path | str) -> Path:
     Raises:
         ConfigError: no drafter there.
     """
-    folder = Path(path)
-    folder = folder / "model" if (folder / "run.json").exists() else folder
+    folder = folder_of(path)
     if not (folder / "config.json").is_file():
         raise ConfigError(f"drafter.path={path} is not a drafter folder (no config.json); set it to one, or to its run")
     return folder

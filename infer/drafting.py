@@ -25,7 +25,7 @@ from core.generate.sampling import Sampling
 from core.models.dflash import Drafter, Layer
 from core.models.dflash_config import SLIDING, DFlashConfig
 from core.models.dflash_io import read_pairing
-from core.models.drafters import load_any
+from core.models.drafters import folder_of, load_any
 from infer.cache import GroupStep, KVCache, LayerShape
 from infer.geometry import Geometry, plain
 from infer.model import Model
@@ -63,12 +63,13 @@ class Tables:
 def open_drafter(
     folder: Path | str, geometry: Geometry, fingerprint: str, *, dtype: torch.dtype, device: torch.device, force: bool
 ) -> Drafter:
-    """A drafter folder, refused where it is another target's.
+    """A drafter folder (or the run folder that holds one), refused where it is another target's.
 
     Raises:
         ConfigError: vocabulary, width or layers of another target, or another target's fingerprint (without `force`).
         UnsupportedError: a drafter that is not DFlash. CheckpointError: a damaged folder.
     """
+    folder = folder_of(folder)
     drafter = load_any(folder, dtype=dtype, device=device)
     if not isinstance(drafter, Drafter):
         raise UnsupportedError(

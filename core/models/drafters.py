@@ -19,6 +19,12 @@ AnyDrafter = Drafter | EagleDrafter
 LOADERS = {DFLASH: load_drafter, EAGLE: load_eagle}
 
 
+def folder_of(path: Path | str) -> Path:
+    """Where the weights are: a run folder stands for its model."""
+    folder = Path(path)
+    return folder / "model" if (folder / "run.json").exists() else folder
+
+
 def load_any(
     folder: Path | str, *, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> AnyDrafter:

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.follow import FOLLOW, followed
+from kernels.follow import followed
 from kernels.paged_attention.kernel import (
     LOG2E,
     PIECE_BITS,
@@ -114,7 +114,7 @@ def split(problem: Problem, out: Tensor, clear: bool) -> None:
     merge_kernel[(rows, problem.lanes + constants["KH"], constants["CHUNKS"])](
         part, stat, out, problem.tensors[3], problem.batch.length, problem.batch.start, len(out),
         len(problem.batch.length), pieces, rows, **{name: constants[name] for name in names}, MOST=FEW, CLEAR=clear,
-        PIECES=triton.next_power_of_2(pieces), num_warps=1, **ROUNDING, **FOLLOW,
+        PIECES=triton.next_power_of_2(pieces), num_warps=1, **ROUNDING, **followed(grid),
     )  # fmt: skip
 
 

@@ -225,6 +225,11 @@ def test_options_out_of_range_are_named(tmp_path: Path) -> None:
 
 def test_another_targets_drafter_is_refused(tmp_path: Path) -> None:
     folder, drafter, _, _ = cases.both_folders(tmp_path, "mimo")
+    run = tmp_path / "run"  # of draft_training.train: stands for its model
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    shutil.copytree(drafter, run / "model")
+    assert cases.engine(folder, run).runner.drafter is not None
     other = checkpoint(tmp_path / "other", "mimo", seed=9)
     with pytest.raises(ConfigError, match="was trained for target"):
         cases.engine(other, drafter)
