@@ -9,7 +9,8 @@ medians of replayed CUDA graphs with `--context` tokens of real text before the 
 draft    the drafter's pass or passes, and what it keeps of the block: plain torch, the same for both kinds
 verify   the block of K + 1 tokens: by the runtime's kernels, experts packed; and, for comparison, by plain torch
 
-Both drafters are given the same verification, so a cheaper one makes drafting weigh more.
+Both drafters are given the same verification, so a cheaper one makes drafting weigh more. Beside that: the first wholly
+by the runtime, which has no kernels for the other.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from draft_training.drafters import open_drafter
 from draft_training.round_graph import fixed_round, record, replay_ms
 from infer.build import build_engine
 from infer.cache import Step, group_step
+from infer.drafting import Tables
 from infer.options import EngineOptions
 
 NAME, DEVICE = "benchmarks.rounds", "cuda"
@@ -44,10 +46,14 @@ def tokens_a_round(report: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
-def runtime_verify(folder: Path, ids: list[int], context: int) -> float:
-    """Milliseconds of the runtime's forward over ids[context:] behind ids[:context], with the choice of tokens."""
-    engine = build_engine(EngineOptions(folder, device=DEVICE, rows=1, kv_tokens=len(ids) + 256, prefix_cache=False))
-    book, model, cache = engine.scheduler.book, engine.runner.model, engine.runner.cache
+def runtime_ms(folder: Path, drafter: Path, ids: list[int], context: int) -> dict[str, float]:
+    """Milliseconds of the runtime behind ids[:context]: its forward over the others with the choice of tokens
+    ("verify"), and the drafter by its kernels ("draft")."""
+    engine = build_engine(
+        EngineOptions(folder, drafter, device=DEVICE, rows=1, kv_tokens=2 * len(ids) + 512, prefix_cache=False)
+    )
+    book, model, cache, block = engine.scheduler.book, engine.runner.model, engine.runner.cache, engine.runner.drafter
+    assert block is not None
     table, _ = book.open(ids, reuse=False)
     book.reserve(table, len(ids))
 
@@ -56,13 +62,19 @@ def runtime_verify(folder: Path, ids: list[int], context: int) -> float:
         piece, place = torch.tensor(ids[first:stop]), torch.arange(first, stop)
         return Step(piece.to(model.device), place.to(model.device), groups, place.to(model.device) - first)
 
-    model.forward(step_of(0, context), cache)
-    step = step_of(context, len(ids))
+    before, step = step_of(0, context), step_of(context, len(ids))
+    block.extend(model.forward(before, cache).features, before.position, before.groups, cache)
+    features = model.forward(step, cache).features
+    tables = Tables(tuple(g.batch.page_table for g in step.groups), len(ids) + block.block)
 
     def verify() -> Tensor:
         return model.forward(step, cache).logits.argmax(-1)
 
-    return replay_ms(record(verify)[0])
+    def draft() -> Tensor:
+        block.extend(features, step.position, step.groups, cache)
+        return block.propose(step.ids[:1], step.position[:1], tables, cache).tokens
+
+    return {"verify": replay_ms(record(verify)[0]), "draft": replay_ms(record(draft)[0])}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -85,7 +97,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
     text = [i for p in prompts for i in p.ids][: options.context + width]
-    found["verify_ms"]["runtime"] = runtime_verify(Path(options.target), text, options.context)
+    own = runtime_ms(Path(options.target), Path(options.drafter), text, options.context)
+    found["verify_ms"]["runtime"], found["runtime_draft_ms"] = own["verify"], own["draft"]
+    found["runtime_tokens_s"] = {domain: 1000 * t / sum(own.values()) for domain, t in tau[ARMS[0]].items()}
     found["rows"] = [
         {"verification": how, "domain": domain, "tokens_s": speeds, "ratio": speeds[ARMS[0]] / speeds[ARMS[1]]}
         for how, verify in found["verify_ms"].items()
@@ -99,7 +113,9 @@ def show(found: dict[str, Any]) -> None:
     print(f"{found['context']} tokens of context; verification: runtime {found['verify_ms']['runtime']:.3f} ms, "
           f"plain torch {found['verify_ms']['torch']:.3f} ms")  # fmt: skip
     for arm, folder in found["drafters"].items():
-        print(f"{arm:14} drafts in {found['draft_ms'][arm]:.3f} ms  ({folder})")
+        print(f"{arm:14} drafts in plain torch in {found['draft_ms'][arm]:.3f} ms  ({folder})")
+    alone = found["runtime_tokens_s"]["all"]
+    print(f"wholly by the runtime it drafts in {found['runtime_draft_ms']:.3f} ms: {alone:,.0f} tokens/s")
     print(f"{'verified by':12} {'domain':8} {ARMS[0]:>14} {ARMS[1]:>14}   ratio")
     for row in found["rows"]:
         speeds = " ".join(f"{row['tokens_s'][arm]:14,.0f}" for arm in ARMS)
