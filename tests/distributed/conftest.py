@@ -13,7 +13,7 @@ from tests.distributed.worker import Phase, Result, run
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 900  # seconds; a launch takes about ten alone on a machine, minutes beside other work
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONFAULTHANDLER": "1"}
 Launch = Callable[..., list[Result]]
 
 
