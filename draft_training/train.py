@@ -3,9 +3,8 @@
 Heavy imports stay inside `main`, so that --help and configuration errors are immediate.
 """
 
-import sys
-
 from core.config import Command, entry
+from core.leave import leave
 from draft_training.config import DraftTrainConfig, check
 
 HELP = """Train a drafter (DFlash, or its autoregressive baseline) against the model it will draft for.
@@ -34,4 +33,4 @@ def main(config: DraftTrainConfig, resolved: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry(COMMAND, main))
+    leave(entry(COMMAND, main))

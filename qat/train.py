@@ -5,9 +5,8 @@
 Heavy imports stay inside `main`, so that --help and configuration errors are immediate.
 """
 
-import sys
-
 from core.config import Command, entry
+from core.leave import leave
 from qat.config import QATConfig, check
 
 HELP = """Selective MXFP4 quantisation-aware training.
@@ -34,4 +33,4 @@ def main(config: QATConfig, resolved: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(entry(COMMAND, main))
+    leave(entry(COMMAND, main))

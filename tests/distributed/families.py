@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from core.errors import Fp4FlashError
+from core.leave import leave
 from core.models.packing import separate_documents
 from core.train.batch import Batch
 from core.train.config import OptimConfig, ParallelConfig, ParallelMode
@@ -74,7 +75,7 @@ def main(spec: Path, out: Path) -> None:
     if rank == 0:
         torch.save(results, out)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import Fp4FlashError
+from core.leave import leave
 from core.models.mimo_v2 import MiMoV2ForCausalLM
 from core.models.packing import separate_documents
 from core.train.batch import Batch
@@ -159,7 +160,7 @@ def main(spec: Path, out: Path) -> None:
     if rank == 0:
         torch.save(results, out)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave(0)
 
 
 if __name__ == "__main__":
